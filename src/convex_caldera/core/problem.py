@@ -1,0 +1,55 @@
+"""The objective, written once: minimise tr((W - W^) H (W - W^)^T)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from convex_caldera.core.hessian import Hessian
+from convex_caldera.errors import NumericalError, ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Approximate W (out_features, in_features) under H (in_features, in_features).
+
+    Raises:
+        ShapeError: W is not a matrix or H does not match its columns.
+        NumericalError: W has NaN or infinite entries; the message names the first.
+    """
+
+    W: Tensor
+    hessian: Hessian
+    name: str = "W"
+    _energy: list[float] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.W.dim() != 2:
+            raise ShapeError(f"{self.name}: a weight must be a matrix, got {tuple(self.W.shape)}")
+        if len(self.hessian) != self.W.shape[1]:
+            raise ShapeError(
+                f"{self.name}: W is {tuple(self.W.shape)} but H has {len(self.hessian)} rows"
+            )
+        bad = ~torch.isfinite(self.W)
+        if bad.any():
+            row, column = (int(i) for i in bad.nonzero()[0])
+            raise NumericalError(
+                f"{self.name}: weight is {self.W[row, column].item()} at [{row}, {column}] "
+                f"({int(bad.sum())} such entries); repair the checkpoint"
+            )
+
+    def loss(self, W_hat: Tensor) -> float:
+        """tr((W - W_hat) H (W - W_hat)^T) under the undamped H, float64."""
+        return self._quadratic(self.W.double() - W_hat.double())
+
+    def relative_loss(self, W_hat: Tensor) -> float:
+        """loss / tr(W H W^T); 0 / 0 counts as 0. Not square-rooted."""
+        if not self._energy:
+            self._energy.append(self._quadratic(self.W.double()))
+        loss = self.loss(W_hat)
+        return loss / self._energy[0] if self._energy[0] > 0 else float(loss > 0)
+
+    def _quadratic(self, E: Tensor) -> float:
+        return float(((E @ self.hessian.matrix) * E).sum())

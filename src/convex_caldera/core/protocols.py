@@ -1,0 +1,118 @@
+"""The seams between rooms: what a quantizer and a transform must offer, and nothing more.
+
+A *quantizer* is frozen data that says which reproduction points are meant ("E8P, 2 bits").
+`fit` looks at a matrix and returns a *fitted quantizer*, which also knows the scales or tables
+chosen for that matrix. Only a fitted quantizer can encode and decode.
+
+Laws (tests/laws.py checks them for every entry of the quantizer table):
+    decode(encode(decode(c))) == decode(c)       a codeword encodes to itself
+    unpack(pack(codes)) == codes                 packing is lossless, `packed_bytes` long
+    restore(shape, tensors()) decodes the same   nothing else is needed to read a file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from convex_caldera.core.hessian import Hessian
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """Reproduction points and how codes are stored; a frozen dataclass, JSON-able fields only."""
+
+    kind: ClassVar[str]
+
+    @property
+    def block(self) -> int:
+        """Columns that one call of `encode` consumes at least (1 scalar, 8 E8P, 16 trellis)."""
+
+    def fit(
+        self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0
+    ) -> FittedQuantizer:
+        """Choose scales or tables for W (m, n).
+
+        `importance` (n,) weighs columns (usually the diagonal of H); `gain` multiplies the
+        scale that the quantizer would choose by itself, for line searches from outside.
+        What is chosen is rounded to its stored precision here, so that a reloaded layer
+        decodes to the same values.
+        """
+
+    def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedQuantizer:
+        """Rebuild from `FittedQuantizer.tensors()`; raises FormatError if they do not fit."""
+
+
+@runtime_checkable
+class FittedQuantizer(Protocol):
+    """A quantizer with its scales, for one matrix of `shape` (m, n)."""
+
+    quantizer: Quantizer
+    shape: tuple[int, int]
+
+    @property
+    def row_block(self) -> int:
+        """Rows that are coded together (1, or 16 for trellis tiles)."""
+
+    def encode(self, x: Tensor, start: int = 0) -> Tensor:
+        """Nearest codes of x (m, d), the columns start .. start + d of the matrix.
+
+        `start` is a multiple of `block`, d too unless the matrix ends there. Codes are a 2-D
+        integer tensor whose column blocks concatenate along dimension 1.
+        """
+
+    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Values (m, d) in float32 of the codes of columns start .. start + d."""
+
+    def take_rows(self, rows: slice) -> FittedQuantizer:
+        """The same for a slice of the rows (bounds multiples of `row_block`); shares storage."""
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes of the whole matrix as a flat uint8 tensor, without waste inside."""
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Inverse of `pack`; raises FormatError if the length is wrong or a code out of range."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything stored beside the codes (scales, zero points, tables), by field name."""
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """An invertible change of coordinates of a problem that preserves its loss; frozen data."""
+
+    kind: ClassVar[str]
+
+    def fit(self, W: Tensor, hessian: Hessian, *, seed: int, layer: str, site: str) -> FittedTransform:
+        """Choose signs, scales or orders. Layers of one input `site` get one input side."""
+
+    def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedTransform:
+        """Rebuild from `FittedTransform.tensors()`; raises FormatError if they do not fit."""
+
+
+@runtime_checkable
+class FittedTransform(Protocol):
+    """W -> B W A^-1 and H -> A H A^T for invertible A (inputs) and orthogonal B (outputs)."""
+
+    transform: Transform
+    shape: tuple[int, int]
+
+    def apply(self, W: Tensor) -> Tensor:
+        """The matrix in the new coordinates, B W A^-1."""
+
+    def invert(self, W: Tensor) -> Tensor:
+        """Back again, B^-1 W A."""
+
+    def apply_hessian(self, hessian: Hessian) -> Hessian:
+        """A H A^T; the same object for the same input side, so factorizations are shared."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Activations (..., n) -> A x."""
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """Outputs of the inner matrix (..., m) -> B^-1 y."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything stored, by field name."""
