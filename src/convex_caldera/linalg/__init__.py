@@ -1,0 +1,1 @@
+"""Matrix algebra that knows nothing of quantization: factorizations, truncated SVD, Hadamard."""
