@@ -82,6 +82,14 @@ class Hessian:
         """Lower triangular M with M M^T = damped H. Raises NumericalError if there is none."""
         return checked_cholesky(self.damped, self.name)
 
+    def matrix_as(self, dtype: torch.dtype) -> Tensor:
+        """The undamped matrix in another precision, converted once."""
+        return self.memo(("matrix", dtype), lambda: self.matrix.to(dtype))
+
+    def damped_as(self, dtype: torch.dtype) -> Tensor:
+        """The damped matrix in another precision, converted once."""
+        return self.memo(("damped", dtype), lambda: self.damped.to(dtype))
+
     def unit_upper(self, block: int) -> Tensor:
         """U with identity diagonal blocks, damped H = U D U^T: the feedback of LDLQ."""
         return self.memo(("unit_upper", block), lambda: block_unit_upper(self.damped, block, self.name))

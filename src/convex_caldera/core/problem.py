@@ -40,16 +40,23 @@ class Problem:
                 f"({int(bad.sum())} such entries); repair the checkpoint"
             )
 
-    def loss(self, W_hat: Tensor) -> float:
-        """tr((W - W_hat) H (W - W_hat)^T) under the undamped H, float64."""
-        return self._quadratic(self.W.double() - W_hat.double())
+    def loss(self, W_hat: Tensor, dtype: torch.dtype = torch.float64) -> float:
+        """tr((W - W_hat) H (W - W_hat)^T) under the undamped H.
 
-    def relative_loss(self, W_hat: Tensor) -> float:
-        """loss / tr(W H W^T); 0 / 0 counts as 0. Not square-rooted."""
+        float64 is the reported precision; float32 halves the cost where losses are compared.
+        """
+        E = self.W.to(dtype) - W_hat.to(dtype)
+        H = self.hessian.matrix_as(dtype)
+        return float(((E @ H) * E).sum(dtype=torch.float64))
+
+    @property
+    def energy(self) -> float:
+        """tr(W H W^T), float64."""
         if not self._energy:
-            self._energy.append(self._quadratic(self.W.double()))
-        loss = self.loss(W_hat)
-        return loss / self._energy[0] if self._energy[0] > 0 else float(loss > 0)
+            self._energy.append(self.loss(torch.zeros_like(self.W)))
+        return self._energy[0]
 
-    def _quadratic(self, E: Tensor) -> float:
-        return float(((E @ self.hessian.matrix) * E).sum())
+    def relative_loss(self, W_hat: Tensor, dtype: torch.dtype = torch.float64) -> float:
+        """loss / tr(W H W^T); 0 / 0 counts as 0. Not square-rooted."""
+        loss = self.loss(W_hat, dtype)
+        return loss / self.energy if self.energy > 0 else float(loss > 0)

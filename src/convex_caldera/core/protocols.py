@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
@@ -39,6 +40,12 @@ class Quantizer(Protocol):
         scale that the quantizer would choose by itself, for line searches from outside.
         What is chosen is rounded to its stored precision here, so that a reloaded layer
         decodes to the same values.
+        """
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What a matrix of `shape` will take on disk, before any data is seen: dtype and shape
+
+        of every tensor of `FittedQuantizer.tensors()`, and of the packed codes as "codes".
         """
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedQuantizer:
@@ -87,6 +94,9 @@ class Transform(Protocol):
 
     def fit(self, W: Tensor, hessian: Hessian, *, seed: int, layer: str, site: str) -> FittedTransform:
         """Choose signs, scales or orders. Layers of one input `site` get one input side."""
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of `FittedTransform.tensors()`, from the shape alone."""
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedTransform:
         """Rebuild from `FittedTransform.tensors()`; raises FormatError if they do not fit."""

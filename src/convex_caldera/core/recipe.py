@@ -46,12 +46,15 @@ class FactorCoding:
     """How low-rank factors are coded: LPLR alternation (Saha et al., arXiv 2310.11028).
 
     `iterations` alternations of exact least squares and rounding; `feedback` rounds with LDLQ
-    under each factor's own metric (R under H, L under R H R^T) instead of to the nearest.
+    under each factor's own metric (R under H, L under R H R^T) instead of to the nearest;
+    `balanced` splits every singular value evenly between both factors and rotates the
+    components, which lowers the coding noise from sum s_i^2 to (sum s_i)^2 / rank.
     """
 
     quantizer: Quantizer
     iterations: int = 5
     feedback: bool = True
+    balanced: bool = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

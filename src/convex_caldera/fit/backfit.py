@@ -1,0 +1,230 @@
+"""The one driver: every step refits its term to what the other terms leave over.
+
+This is backfitting, or alternating minimisation. It is not monotone once a term is rounded, so
+the state after every half-step is a candidate as soon as each step has run once, and the best
+under the undamped H is kept (with the down-date the best state is usually "new low-rank term,
+previous codes"). The trace records every half-step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from convex_caldera.core.hessian import Hessian
+from convex_caldera.core.problem import Problem
+from convex_caldera.core.protocols import FittedTransform
+from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe, Step
+from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
+from convex_caldera.errors import NumericalError
+from convex_caldera.fit.coded_factors import fit_coded_factors
+from convex_caldera.fit.low_rank import fit_low_rank, metric_matrix
+from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest
+from convex_caldera.linalg.factor import block_unit_upper
+
+
+@dataclass(frozen=True)
+class HalfStep:
+    """One entry of the trace: which step of which sweep, and the relative loss after it."""
+
+    sweep: int
+    step: int
+    relative_loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A compressed layer with its own measure: trace, final loss, what happened on the way.
+
+    `relative_loss` is tr(E H E^T) / tr(W H W^T), undamped, float64, of the layer as stored;
+    `ridge` the damping actually added to the diagonal of H; `dead_channels` input channels that
+    were zero on all calibration tokens and so were rounded without feedback.
+    """
+
+    layer: CompressedLayer
+    trace: tuple[HalfStep, ...]
+    loss: float
+    relative_loss: float
+    ridge: float
+    dead_channels: int
+
+
+def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: str) -> Fit:
+    """Carry out `recipe` on one matrix.
+
+    Args:
+        problem: W (m, n) and its Hessian; the Hessian's damping is replaced by the recipe's.
+        recipe: transforms, steps, sweeps.
+        seed, layer, site: all randomness comes from these; `site` names the shared input.
+
+    Raises:
+        RecipeError: a rank or statistic that does not fit this matrix.
+        NumericalError: H is not positive definite under the recipe's damping.
+
+    Cost: the sum of the steps' costs, per sweep; see fit.rounding and fit.low_rank.
+    """
+    hessian = damp(problem.hessian, recipe.damping)
+    inner, transforms = _enter(Problem(problem.W, hessian, layer), recipe, seed, layer, site)
+    terms, trace = backfit(inner, recipe)
+    compressed = CompressedLayer(tuple(problem.W.shape), terms, transforms)
+    W_hat = compressed.decode()
+    return Fit(
+        layer=compressed,
+        trace=trace,
+        loss=problem.loss(W_hat),
+        relative_loss=problem.relative_loss(W_hat),
+        ridge=hessian.ridge,
+        dead_channels=int(hessian.dead.sum()),
+    )
+
+
+def damp(hessian: Hessian, damping: float) -> Hessian:
+    """The Hessian under a recipe's damping; one object per damping, so factors are shared."""
+    if hessian.damping == damping:
+        return hessian
+    return hessian.memo(
+        ("damping", damping),
+        lambda: Hessian(hessian.matrix, damping, hessian.name, hessian.statistics),
+    )
+
+
+def _enter(
+    problem: Problem, recipe: Recipe, seed: int, layer: str, site: str
+) -> tuple[Problem, tuple[FittedTransform, ...]]:
+    """Change coordinates, outermost transform first."""
+    W, hessian, fitted = problem.W, problem.hessian, []
+    for transform in recipe.transforms:
+        fitted.append(transform.fit(W, hessian, seed=seed, layer=layer, site=site))
+        W, hessian = fitted[-1].apply(W), fitted[-1].apply_hessian(hessian)
+    return Problem(W, hessian, layer), tuple(fitted)
+
+
+def backfit(problem: Problem, recipe: Recipe) -> tuple[tuple[Term, ...], tuple[HalfStep, ...]]:
+    """Terms in the order of the recipe's steps, and the trace of relative losses."""
+    count = len(recipe.steps)
+    terms: dict[int, Term] = {}
+    values: dict[int, Tensor] = {}
+    best: tuple[float, dict[int, Term]] | None = None
+    trace = []
+    for sweep in range(recipe.sweeps):
+        for i, step in enumerate(recipe.steps):
+            others = [values[k] for k in sorted(values) if k != i]
+            residual = reduce(torch.sub, others, problem.W)
+            terms[i] = fit_step(step, residual, problem, terms, terms.get(i))
+            values[i] = terms[i].decode().to(problem.W.dtype)
+            loss = problem.relative_loss(residual_sum(values, problem.W), problem.W.dtype)
+            trace.append(HalfStep(sweep, i, loss))
+            if len(terms) == count and (best is None or loss < best[0]):
+                best = (loss, dict(terms))
+    assert best is not None  # a recipe has at least one step and one sweep
+    return tuple(best[1][i] for i in range(count)), tuple(trace)
+
+
+def residual_sum(values: dict[int, Tensor], like: Tensor) -> Tensor:
+    """The sum of all decoded terms."""
+    return reduce(torch.add, (values[k] for k in sorted(values)), torch.zeros_like(like))
+
+
+def fit_step(
+    step: Step, residual: Tensor, problem: Problem, terms: dict[int, Term], previous: Term | None
+) -> Term:
+    """One half-step; the other terms matter only to the down-dated Hessian."""
+    match step:
+        case Quantize():
+            low_rank = [t for t in terms.values() if isinstance(t, LowRank) and t.rank]
+            right = torch.cat([t.right_matrix() for t in low_rank]) if low_rank else None
+            return fit_coded(step, residual, problem.hessian, right)
+        case FitLowRank():
+            return fit_factors(step, residual, problem.hessian, previous)
+
+
+def fit_coded(
+    step: Quantize, residual: Tensor, hessian: Hessian, right: Tensor | None
+) -> Coded:
+    """Round the residual; of several gains, the one with the least loss under the metric."""
+    H, U = _rounding_metric(step, hessian, right)
+    importance = metric_matrix(hessian, "diagonal") if step.metric != "identity" else None
+    best: tuple[float, Coded, Tensor] | None = None
+    for gain in step.gains:
+        fitted = step.quantizer.fit(residual, importance=importance, gain=gain)
+        if U is None:
+            codes, W_hat = round_nearest(residual, fitted)
+        else:
+            codes, W_hat = round_ldlq(residual, fitted, U)
+        error = residual - W_hat
+        loss = float(((error @ H) * error).sum()) if H is not None else float((error**2).sum())
+        if best is None or loss < best[0]:
+            best = (loss, Coded(codes, fitted), W_hat)
+    assert best is not None  # Quantize has at least one gain
+    coded, W_hat = best[1], best[2]
+    if step.sweeps and H is not None:
+        codes, _ = refine(residual, coded.codes, W_hat, coded.fitted, H, step.sweeps)
+        coded = Coded(codes, coded.fitted)
+    return coded
+
+
+def _rounding_metric(
+    step: Quantize, hessian: Hessian, right: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(H, U) that the rounding sees: both None without feedback."""
+    if step.metric != "full":
+        return None, None
+    block = step.quantizer.block
+    if step.downdate and right is not None:
+        H = downdated(hessian, right)
+        return H.float(), block_unit_upper(H, block, hessian.name)
+    return hessian.damped_as(torch.float32), hessian.unit_upper(block)
+
+
+def downdated(hessian: Hessian, right: Tensor) -> Tensor:
+    """H minus what the row space of R serves: H - H R^T (R H R^T)^-1 R H, damped again.
+
+    Directions that the low-rank term can correct stop steering the feedback (the CALDERA code's
+    "Hessian down-date"). A Schur complement, so positive semidefinite by construction: where
+    their code takes an SVD of L R M and an eigendecomposition, this needs one r x r solve.
+    """
+    H, R = hessian.damped, right.double()
+    HR = H @ R.T
+    gram = R @ HR
+    ridge = 1e-9 * float(gram.diagonal().mean()) + 1e-300
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    rest = H - HR @ torch.cholesky_solve(HR.T, torch.linalg.cholesky(gram))
+    rest = 0.5 * (rest + rest.T)
+    level = hessian.damping * float(rest.diagonal().mean()) + hessian.ridge
+    return rest + level * torch.eye(len(rest), dtype=rest.dtype, device=rest.device)
+
+
+def fit_factors(
+    step: FitLowRank, residual: Tensor, hessian: Hessian, previous: Term | None
+) -> LowRank:
+    """Low-rank step: closed form, then coded if the recipe says so."""
+    start = previous.left_matrix() if isinstance(previous, LowRank) and step.rank else None
+    H = metric_matrix(hessian, step.metric)
+    left, right = fit_low_rank(residual, H, step.rank, start=start)
+    if step.factors is None or step.rank == 0:
+        return dense_factors(left, right)
+    block = step.factors.quantizer.block
+    if step.metric == "full":
+        return fit_coded_factors(
+            residual, hessian.damped, hessian.unit_upper(block), left, right, step.factors
+        )
+    n = residual.shape[1]
+    diagonal = torch.ones(n, dtype=torch.float64) if H is None else H
+    eye = torch.eye(n, dtype=torch.float64, device=residual.device)
+    weight = torch.diag(diagonal.to(residual.device))
+    return fit_coded_factors(residual, weight, eye, left, right, step.factors)
+
+
+def dense_factors(left: Tensor, right: Tensor) -> LowRank:
+    """Factors in float16, each component's norm split evenly so that neither side overflows.
+
+    Raises NumericalError where float16 cannot hold a factor.
+    """
+    share = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
+    halves = (left * share).half(), (right / share[:, None]).half()
+    if not all(torch.isfinite(half).all() for half in halves):
+        raise NumericalError("low-rank factors exceed float16; rescale the weight or code them")
+    return LowRank(Dense(halves[0]), Dense(halves[1]))

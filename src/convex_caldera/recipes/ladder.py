@@ -1,0 +1,49 @@
+"""Ladders: the recipes of one method for one matrix, cheapest first.
+
+A budget is met by choosing one rung per layer (`workflow.plan`); a method is thus a family of
+recipes ordered by stored size, and any budget between two rungs is met by mixing layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from convex_caldera.core.recipe import Recipe
+from convex_caldera.errors import RecipeError
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a user may fix; None leaves the choice to the method's ladder.
+
+    Args:
+        rank: of the low-rank term, for methods that have one.
+        factor_bits: bits of the factors' entries, 2 to 4 (coded) or 16 (float16).
+        group_size: weights sharing a scale, for scalar quantizers; 0 is a whole row.
+        bits: code bits of the quantizer, to pin one rung.
+    """
+
+    rank: int | None = None
+    factor_bits: int = 4
+    group_size: int | None = None
+    bits: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 0:
+            raise RecipeError(f"rank must be >= 0, got {self.rank}")
+        if self.factor_bits not in (2, 3, 4, 16):
+            raise RecipeError(f"factor bits must be 2, 3, 4 or 16, got {self.factor_bits}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n)."""
+
+    name: str
+    sentence: str
+    paper: str
+    ladder: Callable[[Shape, Wishes], tuple[Recipe, ...]]
+    needs_data: bool = True

@@ -1,0 +1,54 @@
+"""Names to methods, a literal table: the list that `convex-caldera methods` prints."""
+
+from __future__ import annotations
+
+from convex_caldera.errors import RecipeError
+from convex_caldera.recipes.ladder import Method
+from convex_caldera.recipes.lattice import caldera_ladder, quip_sharp_ladder
+from convex_caldera.recipes.scalar import gptq_ladder, normal_float_ladder, rtn_ladder
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(
+        "rtn",
+        "Round each weight to the nearest point of an affine integer grid per group.",
+        "the common baseline; no paper",
+        rtn_ladder,
+        needs_data=False,
+    ),
+    "gptq": Method(
+        "gptq",
+        "The same grid, each column corrected for the rounding errors of those before it.",
+        "Frantar et al., GPTQ, arXiv 2210.17323",
+        gptq_ladder,
+    ),
+    "nf4": Method(
+        "nf4",
+        "Nearest quantile of a normal distribution under a block's absolute maximum.",
+        "Dettmers et al., QLoRA, arXiv 2305.14314",
+        normal_float_ladder,
+        needs_data=False,
+    ),
+    "quip-sharp": Method(
+        "quip-sharp",
+        "Randomised Hadamard on both sides, then LDLQ with the E8 lattice codebook.",
+        "Tseng et al., QuIP#, arXiv 2402.04396",
+        quip_sharp_ladder,
+    ),
+    "caldera": Method(
+        "caldera",
+        "E8 lattice codes plus a low-rank term with coded factors, fitted in alternation.",
+        "Saha et al., CALDERA, arXiv 2405.18886",
+        caldera_ladder,
+    ),
+}
+
+
+def method(name: str) -> Method:
+    """The method of that name; RecipeError offers the nearest names."""
+    import difflib
+
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise RecipeError(f"unknown method {name!r}{hint} (see `convex-caldera methods`)")
+    return METHODS[name]
