@@ -69,19 +69,26 @@ def _upper_root(H: Tensor, block: int, name: str) -> Tensor:
 
 def _normalize_blocks(C: Tensor, block: int) -> Tensor:
     """U_j = C_j C_jj^-1 for each column block, diagonal blocks exactly the identity."""
-    if block == 1:
-        U = C / C.diagonal()
-        U.diagonal().fill_(1.0)
-        return U
     n = C.shape[0]
-    U = torch.zeros_like(C)
-    for j in range(0, n, block):
-        end = min(j + block, n)
-        U[:j, j:end] = torch.linalg.solve_triangular(
-            C[j:end, j:end], C[:j, j:end], upper=True, left=False
-        )
-        U[j:end, j:end].diagonal().fill_(1.0)
+    whole = n - n % block
+    U = torch.empty_like(C)
+    if whole:
+        diagonal = C[:whole, :whole].unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        inverses = _invert_upper(diagonal.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        columns = C[:, :whole].unflatten(1, (-1, block)).transpose(0, 1)
+        U[:, :whole].unflatten(1, (-1, block)).copy_((columns @ inverses).transpose(0, 1))
+    if whole < n:
+        U[:, whole:] = C[:, whole:] @ _invert_upper(C[whole:, whole:])
+    owner = torch.arange(n, device=C.device) // block
+    U.masked_fill_(owner[:, None] >= owner[None, :], 0.0)
+    U.diagonal().fill_(1.0)
     return U
+
+
+def _invert_upper(C: Tensor) -> Tensor:
+    """Inverses of small upper triangular matrices (..., b, b), by back substitution."""
+    identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand(C.shape)
+    return torch.linalg.solve_triangular(C, identity, upper=True)
 
 
 def _check_square(A: Tensor, name: str) -> None:
