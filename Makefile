@@ -64,7 +64,7 @@ install:
 	    echo "    make PYTHON=/path/to/python3.11" >&2; \
 	    exit 2; \
 	fi; \
-	echo "Installing into $(VENV) with $$($$python --version) ..."; \
+	echo "Installing into $(VENV) with $$($$python --version); PyTorch is large, allow some minutes ..."; \
 	[ -x $(BIN)/python ] || $$python -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet "setuptools>=77"; \
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"; \
