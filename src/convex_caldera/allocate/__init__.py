@@ -12,18 +12,23 @@ from convex_caldera.allocate.curves import (
 )
 from convex_caldera.allocate.frontier import Frontier
 from convex_caldera.allocate.plan import Plan, allocate, frontier
+from convex_caldera.allocate.surrogate import Allocation, RateModel, fit_decay, solve_surrogate
 
 __all__ = [
+    "Allocation",
     "Curves",
     "Frontier",
     "Group",
     "Option",
     "Plan",
+    "RateModel",
     "allocate",
     "curves_from_dict",
     "curves_to_dict",
+    "fit_decay",
     "frontier",
     "loads_curves",
     "read_curves",
+    "solve_surrogate",
     "write_curves",
 ]

@@ -9,6 +9,7 @@ The slope of the segment at which a budget runs out is the best price for that b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def build_frontier(menus: Menus) -> Frontier:
     """Sort all hull segments by slope; equal slopes by menu name. O(segments log segments)."""
     owner, width, gain = [], [], []
     for g, menu in enumerate(menus.menus):
-        for i, j in zip(menu.hull, menu.hull[1:], strict=False):
+        for i, j in pairwise(menu.hull):
             owner.append(g)
             width.append(menu.bits[j] - menu.bits[i])
             gain.append(menu.distortion[i] - menu.distortion[j])

@@ -7,7 +7,7 @@ keeps them as integers over one common power of two, so that a bound can be exac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -99,7 +99,7 @@ def build_menus(curves: Curves, pins: Mapping[str, str] | None = None) -> Menus:
     return Menus(tuple(menus), denominator)
 
 
-def lower_hull(bits: list[int], distortion: list[float]) -> list[int]:
+def lower_hull(bits: Sequence[float], distortion: Sequence[float]) -> list[int]:
     """Indices of the lower convex hull of points sorted by (bits, distortion).
 
     Only its descending part: from the first point to the first of least distortion. Slopes

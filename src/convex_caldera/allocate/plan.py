@@ -140,8 +140,8 @@ def _solve(front: Frontier, budget: int, weights: int, exact: bool, seconds: flo
     if before > bound:
         result = Integer(None, "not asked: exact=False", None, False)
         if exact:
-            gap = float(before - bound)
-            result = solve_core(menus, core.below(gap), price, budget, gap, seconds)
+            left = float(before - bound)
+            result = solve_core(menus, core.below(left), price, budget, left, seconds)
     better = result.picks is not None and menus.distortion(result.picks) < before
     picks = result.picks if better and result.picks is not None else picks
     return _finish(menus, picks, budget, weights, price, bound, before, result)
