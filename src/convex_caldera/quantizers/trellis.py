@@ -1,0 +1,243 @@
+"""Trellis-coded quantization: every weight a function of a window of the bit stream.
+
+A tile of 16 x 16 weights is one walk through a trellis with 2^L states; each weight costs K new
+bits and is reproduced by the level of the L-bit state that they complete, so that the decoder
+is a window and a function (`trellis_stream` is the normative format, `trellis_codes` the
+levels) and the encoder is free to search as hard as it likes: the format does not know how.
+
+    W^_ij = scale_i * level(state_ij)
+
+Sources: Tseng et al., QTIP, arXiv 2406.11235 (bit-shift trellis, computed codes, tail-biting);
+Marcellin and Fischer, 1990 (trellis-coded quantization). Differs: rates in sixteenths of a bit
+within one trellis, tiles chained into one long stream on request, tiles cut to the matrix
+instead of padded, and exact search over sixteen tiles at once in vector lanes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convex_caldera.errors import FormatError, RecipeError, ShapeError
+from convex_caldera.quantizers import trellis_codes, trellis_stream, trellis_viterbi
+from convex_caldera.quantizers.groups import (
+    check_columns,
+    check_finite,
+    check_matrix,
+    checked_tensor,
+    sliced_shape,
+)
+from convex_caldera.quantizers.trellis_stream import RATE_UNIT, TILE, Tiling
+
+MAX_TAIL_BITING_BITS = 16  # longest state with which a tile can close on itself
+TARGET_LIMIT = 16.0  # standard deviations; no level lies beyond 4, so none is missed
+
+
+@final
+@dataclass(frozen=True)
+class Trellis:
+    """A bit-shift trellis at `bits` bits a weight.
+
+    Args:
+        bits: 1 to 8 in steps of 1/16; fractional rates alternate between integer ones.
+        state_bits: L, the memory.
+        code: name of the level function, `trellis_codes.COMPUTED_CODES`.
+        chain: 0 for tail-biting tiles, c > 0 for streams over c tile rows of a column block.
+        row_scales: a float16 factor for every row beside the float32 scale of the matrix.
+
+    Law: decode depends on `bits`, `state_bits`, `code`, `chain` and the scales alone.
+    """
+
+    kind: ClassVar[str] = "trellis"
+
+    bits: float = 2.0
+    state_bits: int = 12
+    code: str = "mul1"
+    chain: int = 0
+    row_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8 or self.bits * RATE_UNIT % 1:
+            raise RecipeError(f"bits are 1 to 8 in steps of 1/{RATE_UNIT}, got {self.bits}")
+        if self.code not in trellis_codes.COMPUTED_CODES:
+            codes = ", ".join(trellis_codes.COMPUTED_CODES)
+            raise RecipeError(f"unknown trellis code {self.code!r}; one of {codes}")
+        if self.chain < 0:
+            raise RecipeError(f"chain counts tile rows and is >= 0, got {self.chain}")
+        least = math.ceil(self.bits) + 1
+        if not least <= self.state_bits <= MAX_TAIL_BITING_BITS:
+            raise RecipeError(
+                f"state_bits lies between {least} (more than the bits of a weight) and"
+                f" {MAX_TAIL_BITING_BITS}, got {self.state_bits}"
+            )
+
+    @property
+    def block(self) -> int:
+        return TILE
+
+    @property
+    def sixteenths(self) -> int:
+        """Bits of a full tile's row."""
+        return round(self.bits * RATE_UNIT)
+
+    def fit(
+        self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0
+    ) -> FittedTrellis:
+        check_matrix(W, importance, gain)
+        power = W.double().square()
+        if importance is not None and float(importance.sum()) > 0:
+            weights = importance.double() / importance.double().mean()
+            power = power * weights
+        rms = power.mean().sqrt()
+        scale = (gain * rms / trellis_codes.SIGMA[self.code]).float().reshape(1)
+        rows = None
+        if self.row_scales:
+            ratio = power.mean(dim=1).sqrt() / rms if rms > 0 else torch.ones(W.shape[0])
+            rows = ratio.clamp(max=6e4).half()
+        return FittedTrellis(self, (W.shape[0], W.shape[1]), scale, rows)
+
+    def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedTrellis:
+        scale = checked_tensor(dict(tensors), "scale", (1,), torch.float32)
+        rows = None
+        if self.row_scales:
+            rows = checked_tensor(dict(tensors), "row_scale", (shape[0],), torch.float16)
+        return FittedTrellis(self, shape, scale, rows)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FittedTrellis:
+    """A trellis with its scales. Codes are uint8 (tile rows, column blocks x tile bytes)."""
+
+    quantizer: Trellis
+    shape: tuple[int, int]
+    scale: Tensor
+    row_scale: Tensor | None
+
+    @property
+    def row_block(self) -> int:
+        """16, or the rows of a chain: streams start there."""
+        return TILE * max(self.quantizer.chain, 1)
+
+    @cached_property
+    def _tiling(self) -> Tiling:
+        return Tiling(self.shape, self.quantizer.sixteenths)
+
+    @cached_property
+    def _scales(self) -> Tensor:
+        """What a level is multiplied by in each row, (m or 1, 1) float32."""
+        rows = torch.ones(1) if self.row_scale is None else self.row_scale.float()
+        return (self.scale * rows)[:, None]
+
+    def encode(self, x: Tensor, start: int = 0) -> Tensor:
+        check_columns(x, self.shape, start, TILE)
+        check_finite(x, "the target to encode")
+        unit = self._scales * trellis_codes.SIGMA[self.quantizer.code]
+        safe = torch.where(unit > 0, unit, torch.ones(1))
+        target = torch.where(unit > 0, x.float() / safe, torch.zeros(1))
+        return torch.from_numpy(self._search(target.clamp(-TARGET_LIMIT, TARGET_LIMIT).numpy()))
+
+    def _search(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Codes of targets x (m, d) in standard deviations of the code."""
+        m, d = x.shape
+        step = self._tiling.tile_bytes
+        codes = np.zeros((-(-m // TILE), -(-d // TILE) * step), np.uint8)
+        tall, wide = m - m % self.row_block, d - d % TILE
+        # the full tiles or chains, then the short ones below, right, and in the corner
+        for rows in (slice(0, tall), slice(tall, m)):
+            for cols in (slice(0, wide), slice(wide, d)):
+                if rows.stop > rows.start and cols.stop > cols.start:
+                    tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
+                    bytes_ = slice(cols.start // TILE * step, -(-cols.stop // TILE) * step)
+                    codes[tiles, bytes_] = self._search_equal(x[rows, cols])
+        return codes
+
+    def _search_equal(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Codes of an area whose streams are equally long: full ones, or one row of short ones."""
+        q = self.quantizer
+        m, d = x.shape
+        height, width = min(m, self.row_block), min(d, TILE)
+        streams = x.reshape(m // height, height, d // width, width).transpose(0, 2, 1, 3)
+        streams = np.ascontiguousarray(streams.reshape(-1, height * width))
+        heights = [min(TILE, height - i) for i in range(0, height, TILE)]
+        per_tile = [trellis_stream.step_bits(q.sixteenths, h * width) for h in heights]
+        steps = np.concatenate(per_tile)
+        levels = trellis_codes.level_table(q.code, q.state_bits)
+        levels = levels / np.float32(trellis_codes.SIGMA[q.code])
+        symbols = trellis_viterbi.search(streams, steps, levels, q.state_bits, q.chain > 0)
+        out = np.zeros((len(streams), len(heights), self._tiling.tile_bytes), np.uint8)
+        at = 0
+        for i, part in enumerate(per_tile):
+            trellis_stream.write_symbols(symbols[:, at : at + len(part)], part, out[:, i])
+            at += len(part)
+        blocks = out.reshape(m // height, d // width, len(heights), -1).transpose(0, 2, 1, 3)
+        return blocks.reshape((m // height) * len(heights), -1)
+
+    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
+        states = self._states(codes, start)
+        levels = trellis_codes.level_table(self.quantizer.code, self.quantizer.state_bits)
+        return self._scales * torch.from_numpy(levels[states])
+
+    def _states(self, codes: Tensor, start: int) -> NDArray[np.uint32]:
+        """States (m, d) of the weights whose codes these are."""
+        q, (m, n), step = self.quantizer, self.shape, self._tiling.tile_bytes
+        blocks = codes.shape[-1] // step if codes.dim() == 2 else 0
+        if codes.shape != (-(-m // TILE), blocks * step) or codes.dtype != torch.uint8:
+            raise ShapeError(
+                f"codes of {self.shape} are uint8 ({-(-m // TILE)}, blocks x {step}),"
+                f" got {codes.dtype} {tuple(codes.shape)}"
+            )
+        d = min(blocks * TILE, n - start)
+        states = np.empty((m, d), np.uint32)
+        array = codes.numpy()
+        for i in range(blocks):
+            cols = slice(TILE * i, min(TILE * (i + 1), d))
+            width = cols.stop - cols.start
+            block = array[:, i * step : (i + 1) * step]
+            trellis_stream.read_states(
+                block, m, width, q.sixteenths, q.state_bits, q.chain, states[:, cols]
+            )
+        return states
+
+    def take_rows(self, rows: slice) -> FittedTrellis:
+        shape = sliced_shape(self.shape, rows)
+        first, last, _ = rows.indices(self.shape[0])
+        if first % self.row_block or (last % self.row_block and last != self.shape[0]):
+            raise ShapeError(f"rows are coded in runs of {self.row_block}, got {rows}")
+        return FittedTrellis(
+            self.quantizer,
+            shape,
+            self.scale,
+            None if self.row_scale is None else self.row_scale[rows],
+        )
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return codes[torch.from_numpy(self._tiling.byte_mask())]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        if packed.dim() != 1 or packed.dtype != torch.uint8:
+            raise FormatError(f"trellis codes are flat uint8, got {packed.dtype} {packed.shape}")
+        if packed.numel() != self._tiling.packed_bytes:
+            raise FormatError(
+                f"trellis codes of {self.shape} at {self.quantizer.bits} bits take"
+                f" {self._tiling.packed_bytes} bytes, got {packed.numel()}"
+            )
+        mask = torch.from_numpy(self._tiling.byte_mask())
+        codes = torch.zeros(mask.shape, dtype=torch.uint8)
+        codes[mask] = packed
+        if (codes & torch.from_numpy(self._tiling.spare_bits())).any():
+            raise FormatError("spare bits behind a trellis tile are not 0: altered file")
+        return codes
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.row_scale is None:
+            return {"scale": self.scale}
+        return {"scale": self.scale, "row_scale": self.row_scale}
