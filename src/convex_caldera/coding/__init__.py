@@ -1,0 +1,1 @@
+"""Lossless coding: integer codes to bytes and back, nothing lost and nothing padded inside."""

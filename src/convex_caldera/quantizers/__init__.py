@@ -1,0 +1,11 @@
+"""Quantizers: one file is one set of reproduction points; `TABLE` finds them by kind."""
+
+from __future__ import annotations
+
+from convex_caldera.core.protocols import Quantizer
+from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.uniform import Uniform
+
+TABLE: dict[str, type[Quantizer]] = {"e8p": E8P, "uniform": Uniform}
+
+__all__ = ["E8P", "TABLE", "Uniform"]
