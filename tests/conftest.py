@@ -1,11 +1,36 @@
-"""What holds for all tests: the same examples in every run, and no clock in the laws."""
+"""What holds for all tests: the same examples in every run, no clock in the laws, tiny models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import settings
+
+from tests import tiny_models
 
 # Deterministic, so that a red run is red for everybody; to search further, run
 # pytest --hypothesis-profile=explore.
 settings.register_profile("house", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model(family, **options)`: the directory of a saved tiny model, made once a session.
+
+    Families and options are those of `tests.tiny_models.save`. Do not write into it.
+    """
+    made: dict[Any, Path] = {}
+
+    def make(family: str = "llama", **options: Any) -> Path:
+        key = (family, tuple(sorted(options.items())))
+        if key not in made:
+            directory = tmp_path_factory.mktemp(f"tiny-{family}")
+            made[key] = tiny_models.save(directory, family, **options)
+        return made[key]
+
+    return make

@@ -1,0 +1,1 @@
+"""Tokens to statistics, one per distinct input of the linear layers."""

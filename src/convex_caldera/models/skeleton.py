@@ -1,0 +1,184 @@
+"""A model whose parameters are loaded and freed by part: real buffers, meta parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from convex_caldera.errors import ModelError, NumericalError
+from convex_caldera.models.checkpoint import Checkpoint
+from convex_caldera.models.meta import load_config, meta_model
+from convex_caldera.models.names import map_names, needs_conversion
+from convex_caldera.models.parameters import Slot, slots
+from convex_caldera.models.sites import Site, Structure, find_structure
+
+
+class Skeleton:
+    """A causal language model on disk, loaded and freed module by module.
+
+    Args:
+        path: directory with config.json and safetensors weights.
+        dtype: of all computation; parameters are converted when loaded.
+        device: where loaded parameters and all buffers live.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, parameters on the meta device.
+        checkpoint: its weights on disk.
+        names: parameter -> name in the checkpoint; tied parameters have the same one.
+        unused: tensors of the checkpoint that no parameter asks for.
+        whole_model: True if transformers converts this checkpoint on loading, so that the whole
+            model is held in memory instead of one block; reports must say so.
+
+    Raises:
+        ModelError: no architecture known here, already quantized, or weights missing or of
+            other shapes than the configuration says.
+        FormatError: damaged weight files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        config = load_config(path)
+        quantized = getattr(config, "quantization_config", None)
+        if quantized:
+            method = dict(quantized).get("quant_method", "an unknown method")
+            raise ModelError(f"{path} is quantized already ({method}); give the original model")
+        self.path = path
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.model = meta_model(config, dtype)
+        self.checkpoint = Checkpoint(path)
+        self._read_names()
+        self._live: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
+        self._meta: dict[str, nn.Parameter] = {}
+        self._place_buffers()
+
+    @cached_property
+    def structure(self) -> Structure:
+        """Decoder blocks, linear layers and shared inputs."""
+        return find_structure(self.model)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.structure.sites
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the output head is the embedding: one matrix with two uses."""
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        by_owner = {slot.owner: slot.name for slot in slots(self.model) if slot.key == "weight"}
+        if head is None or head not in by_owner:
+            return False
+        return self.names[by_owner[head]] == self.names[by_owner[embedding]]
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        """The module `name` with its real weights, freed at the end of the context.
+
+        Raises:
+            NumericalError: a weight has NaN or infinite entries; the message names it.
+        """
+        module = self.model.get_submodule(name)
+        with self._filled(slots(module, name)):
+            yield module
+
+    @contextmanager
+    def loaded_outside(self, head: bool = True) -> Iterator[nn.Module]:
+        """The model with all weights that are not in a decoder block, with or without head."""
+        output = self.model.get_output_embeddings()  # type: ignore[operator]
+        inside = f"{self.structure.blocks_name}."
+        outside = (slot for slot in slots(self.model) if not slot.name.startswith(inside))
+        with self._filled(slot for slot in outside if head or slot.owner is not output):
+            yield self.model
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter as stored, by its name in the model."""
+        if self._converted is not None:
+            return self._converted[name]
+        return self.checkpoint.tensor(self.names[name])
+
+    @contextmanager
+    def _filled(self, wanted: Iterable[Slot]) -> Iterator[None]:
+        filled: list[tuple[Slot, nn.Parameter]] = []
+        try:
+            for slot in wanted:
+                if slot.parameter.is_meta:
+                    filled.append((slot, slot.parameter))
+                    slot.put(self._parameter(slot.name))
+            yield
+        finally:
+            for slot, meta in filled:
+                slot.put(meta)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        """The parameter with data; tied names get one object as long as it lives."""
+        stored = self.names[name]
+        live = self._live.get(stored)
+        if live is not None:
+            return live
+        values = self.tensor(name).to(self.device, self.dtype)
+        if not torch.isfinite(values).all():
+            bad = int((~torch.isfinite(values)).sum())
+            raise NumericalError(
+                f"{stored}: {bad} of {values.numel()} weights are NaN or infinite; "
+                "repair the checkpoint"
+            )
+        parameter = nn.Parameter(values, requires_grad=False)
+        self._live[stored] = parameter
+        return parameter
+
+    def _read_names(self) -> None:
+        mapped = map_names(self.model, self.checkpoint)
+        self.unused = mapped.unused
+        self.whole_model = bool(mapped.missing) or needs_conversion(self.model, self.checkpoint)
+        self.names, self._buffer_names = mapped.parameters, mapped.buffers
+        self._converted: dict[str, Tensor] | None = None
+        if self.whole_model:
+            self._converted = _converted_state(self.path)
+            first = {t.data_ptr(): name for name, t in reversed(self._converted.items())}
+            converted = {name: first[t.data_ptr()] for name, t in self._converted.items()}
+            self.names = {slot.name: converted[slot.name] for slot in slots(self.model)}
+            buffers = dict(self.model.named_buffers())
+            self._buffer_names = {name: name for name in converted if name in buffers}
+
+    def _place_buffers(self) -> None:
+        for module_name, module in self.model.named_modules():
+            for key, buffer in module._buffers.items():
+                name = f"{module_name}.{key}" if module_name else key
+                if buffer is not None and name in self._buffer_names:
+                    stored = self._buffer_names[name]
+                    own = self._converted
+                    value = own[name] if own is not None else self.checkpoint.tensor(stored)
+                    module._buffers[key] = value.to(self.device, buffer.dtype)
+                elif buffer is not None:
+                    module._buffers[key] = buffer.to(self.device)
+
+
+def _converted_state(path: Path) -> dict[str, Tensor]:
+    """All tensors of a model that transformers must convert, loaded at once, as stored types."""
+    from transformers import AutoModelForCausalLM
+
+    whole, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype="auto",
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: the weights have no tensor for {missing[0]} ({len(missing)} missing); "
+            "the checkpoint is incomplete or of another architecture"
+        )
+    return whole.state_dict()
