@@ -45,10 +45,11 @@ clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is a copy of the two files that decide what is installed, so that neither a touched
-# file nor a changed branch installs anything anew without need.
+# The stamp holds what decides the installation: this folder and the two files. So neither a
+# touched file nor a changed branch installs anything anew without need.
+DECIDES = pwd; cat pyproject.toml constraints.txt
 venv:
-	@cat pyproject.toml constraints.txt | cmp -s - $(STAMP) || $(MAKE) --no-print-directory install
+	@[ -x $(BIN)/python ] && { $(DECIDES); } | cmp -s - $(STAMP) || $(MAKE) --no-print-directory install
 
 .PHONY: install
 install:
@@ -59,13 +60,16 @@ install:
 	    if $$candidate -c "$$usable" >/dev/null 2>&1; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo "No Python >= 3.11 with the venv module was found (found: $$(python3 --version 2>&1))." >&2; \
+	    echo "No Python >= 3.11 with the venv module was found (python3 is: $$(python3 --version 2>&1))." >&2; \
 	    echo "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it:" >&2; \
 	    echo "    make PYTHON=/path/to/python3.11" >&2; \
 	    exit 2; \
 	fi; \
 	echo "Installing into $(VENV) with $$($$python --version); PyTorch is large, allow some minutes ..."; \
-	[ -x $(BIN)/python ] || $$python -m venv $(VENV); \
+	here=$$(head -n 1 $(STAMP) 2>/dev/null || pwd); \
+	if [ "$$here" != "$$(pwd)" ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    $$python -m venv --clear $(VENV); \
+	fi; \
 	$(BIN)/python -m pip install --quiet "setuptools>=77"; \
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"; \
-	cat pyproject.toml constraints.txt > $(STAMP)
+	{ $(DECIDES); } > $(STAMP)

@@ -4,7 +4,7 @@ from convex_caldera.evaluate.compare import Candidate as Candidate
 from convex_caldera.evaluate.compare import Evaluation as Evaluation
 from convex_caldera.evaluate.compare import ModelScore as ModelScore
 from convex_caldera.evaluate.compare import evaluate as evaluate
-from convex_caldera.evaluate.generate import generate as generate
+from convex_caldera.evaluate.generation import generate as generate
 from convex_caldera.evaluate.table import HEADINGS as HEADINGS
 from convex_caldera.evaluate.table import plain_table as plain_table
 from convex_caldera.evaluate.table import rich_table as rich_table

@@ -9,7 +9,7 @@ import torch
 
 from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.evaluate import generate
-from convex_caldera.evaluate.generate import _chooser
+from convex_caldera.evaluate.generation import _chooser
 from tests.evaluate.tiny import byte_tokenizer, tiny_llama
 
 MODEL, TOKENIZER = tiny_llama(5), byte_tokenizer()
