@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import torch
@@ -27,7 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
-from convex_caldera.quantizers import trellis_codes, trellis_stream, trellis_viterbi
+from convex_caldera.quantizers import (
+    trellis_beam,
+    trellis_codes,
+    trellis_stream,
+    trellis_viterbi,
+)
 from convex_caldera.quantizers.groups import (
     check_columns,
     check_finite,
@@ -37,7 +42,9 @@ from convex_caldera.quantizers.groups import (
 )
 from convex_caldera.quantizers.trellis_stream import RATE_UNIT, TILE, Tiling
 
-MAX_TAIL_BITING_BITS = 16  # longest state with which a tile can close on itself
+MAX_VITERBI_BITS = 16  # 2^L states are visited; also the most a row of 16 weights can close
+MAX_STATE_BITS = 28  # the product of a longer state would forget its oldest bits
+MAX_SURVIVORS = 1 << 20
 TARGET_LIMIT = 16.0  # standard deviations; no level lies beyond 4, so none is missed
 
 
@@ -51,6 +58,8 @@ class Trellis:
         state_bits: L, the memory.
         code: name of the level function, `trellis_codes.COMPUTED_CODES`.
         chain: 0 for tail-biting tiles, c > 0 for streams over c tile rows of a column block.
+        encoder: "viterbi" (exact, L <= 16) or "beam" (any L up to 28, byte-sum codes, chained).
+        survivors: paths that the beam keeps; more is better and slower.
         row_scales: a float16 factor for every row beside the float32 scale of the matrix.
 
     Law: decode depends on `bits`, `state_bits`, `code`, `chain` and the scales alone.
@@ -62,6 +71,8 @@ class Trellis:
     state_bits: int = 12
     code: str = "mul1"
     chain: int = 0
+    encoder: Literal["viterbi", "beam"] = "viterbi"
+    survivors: int = 4096
     row_scales: bool = False
 
     def __post_init__(self) -> None:
@@ -72,12 +83,23 @@ class Trellis:
             raise RecipeError(f"unknown trellis code {self.code!r}; one of {codes}")
         if self.chain < 0:
             raise RecipeError(f"chain counts tile rows and is >= 0, got {self.chain}")
-        least = math.ceil(self.bits) + 1
-        if not least <= self.state_bits <= MAX_TAIL_BITING_BITS:
+        if self.encoder not in ("viterbi", "beam"):
+            raise RecipeError(f"encoder is viterbi or beam, got {self.encoder!r}")
+        beam = self.encoder == "beam"
+        least, most = math.ceil(self.bits) + 1, MAX_STATE_BITS if beam else MAX_VITERBI_BITS
+        if not least <= self.state_bits <= most:
             raise RecipeError(
-                f"state_bits lies between {least} (more than the bits of a weight) and"
-                f" {MAX_TAIL_BITING_BITS}, got {self.state_bits}"
+                f"state_bits lies between {least} (more than the bits of a weight) and {most}"
+                f" for the {self.encoder} encoder, got {self.state_bits}"
             )
+        if beam and (self.chain == 0 or self.code not in trellis_beam.BYTE_SUM_CODES):
+            codes = ", ".join(trellis_beam.BYTE_SUM_CODES)
+            raise RecipeError(
+                f"the beam needs chain >= 1 and a byte-sum code ({codes}),"
+                f" got chain {self.chain} and code {self.code!r}"
+            )
+        if not 1 <= self.survivors <= MAX_SURVIVORS:
+            raise RecipeError(f"survivors lie between 1 and {MAX_SURVIVORS}, got {self.survivors}")
 
     @property
     def block(self) -> int:
@@ -170,9 +192,12 @@ class FittedTrellis:
         heights = [min(TILE, height - i) for i in range(0, height, TILE)]
         per_tile = [trellis_stream.step_bits(q.sixteenths, h * width) for h in heights]
         steps = np.concatenate(per_tile)
-        levels = trellis_codes.level_table(q.code, q.state_bits)
-        levels = levels / np.float32(trellis_codes.SIGMA[q.code])
-        symbols = trellis_viterbi.search(streams, steps, levels, q.state_bits, q.chain > 0)
+        sigma = trellis_codes.SIGMA[q.code]
+        if q.encoder == "beam":
+            symbols = trellis_beam.search(streams, steps, q.code, sigma, q.state_bits, q.survivors)
+        else:
+            levels = trellis_codes.level_table(q.code, q.state_bits) / np.float32(sigma)
+            symbols = trellis_viterbi.search(streams, steps, levels, q.state_bits, q.chain > 0)
         out = np.zeros((len(streams), len(heights), self._tiling.tile_bytes), np.uint8)
         at = 0
         for i, part in enumerate(per_tile):
@@ -183,8 +208,10 @@ class FittedTrellis:
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         states = self._states(codes, start)
-        levels = trellis_codes.level_table(self.quantizer.code, self.quantizer.state_bits)
-        return self._scales * torch.from_numpy(levels[states])
+        q = self.quantizer
+        return self._scales * torch.from_numpy(
+            trellis_codes.levels_of(q.code, q.state_bits, states)
+        )
 
     def _states(self, codes: Tensor, start: int) -> NDArray[np.uint32]:
         """States (m, d) of the weights whose codes these are."""

@@ -76,3 +76,10 @@ def level_table(code: str, state_bits: int) -> NDArray[np.float32]:
     table = computed_levels(code, np.arange(1 << state_bits, dtype=np.uint32))
     table.flags.writeable = False
     return table
+
+
+def levels_of(code: str, state_bits: int, states: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Levels of given states; looked up where the table is small enough to be worth making."""
+    if state_bits <= TABLE_STATE_BITS:
+        return level_table(code, state_bits)[states]
+    return computed_levels(code, states)
