@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from convex_caldera.core.protocols import Quantizer
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 
-TABLE: dict[str, type[Quantizer]] = {"e8p": E8P, "uniform": Uniform}
+TABLE: dict[str, type[Quantizer]] = {"e8p": E8P, "trellis": Trellis, "uniform": Uniform}
 
-__all__ = ["E8P", "TABLE", "Uniform"]
+__all__ = ["E8P", "TABLE", "Trellis", "Uniform"]

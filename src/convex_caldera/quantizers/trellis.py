@@ -27,12 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
-from convex_caldera.quantizers import (
-    trellis_beam,
-    trellis_codes,
-    trellis_stream,
-    trellis_viterbi,
-)
+from convex_caldera.quantizers import trellis_codes, trellis_stream
 from convex_caldera.quantizers.groups import (
     check_columns,
     check_finite,
@@ -92,8 +87,8 @@ class Trellis:
                 f"state_bits lies between {least} (more than the bits of a weight) and {most}"
                 f" for the {self.encoder} encoder, got {self.state_bits}"
             )
-        if beam and (self.chain == 0 or self.code not in trellis_beam.BYTE_SUM_CODES):
-            codes = ", ".join(trellis_beam.BYTE_SUM_CODES)
+        if beam and (self.chain == 0 or self.code not in trellis_codes.BYTE_SUM_CODES):
+            codes = ", ".join(trellis_codes.BYTE_SUM_CODES)
             raise RecipeError(
                 f"the beam needs chain >= 1 and a byte-sum code ({codes}),"
                 f" got chain {self.chain} and code {self.code!r}"
@@ -184,6 +179,8 @@ class FittedTrellis:
 
     def _search_equal(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Codes of an area whose streams are equally long: full ones, or one row of short ones."""
+        from convex_caldera.quantizers import trellis_beam, trellis_bits, trellis_viterbi
+
         q = self.quantizer
         m, d = x.shape
         height, width = min(m, self.row_block), min(d, TILE)
@@ -201,7 +198,7 @@ class FittedTrellis:
         out = np.zeros((len(streams), len(heights), self._tiling.tile_bytes), np.uint8)
         at = 0
         for i, part in enumerate(per_tile):
-            trellis_stream.write_symbols(symbols[:, at : at + len(part)], part, out[:, i])
+            trellis_bits.write_symbols(symbols[:, at : at + len(part)], part, out[:, i])
             at += len(part)
         blocks = out.reshape(m // height, d // width, len(heights), -1).transpose(0, 2, 1, 3)
         return blocks.reshape((m // height) * len(heights), -1)
@@ -215,6 +212,8 @@ class FittedTrellis:
 
     def _states(self, codes: Tensor, start: int) -> NDArray[np.uint32]:
         """States (m, d) of the weights whose codes these are."""
+        from convex_caldera.quantizers import trellis_bits
+
         q, (m, n), step = self.quantizer, self.shape, self._tiling.tile_bytes
         blocks = codes.shape[-1] // step if codes.dim() == 2 else 0
         if codes.shape != (-(-m // TILE), blocks * step) or codes.dtype != torch.uint8:
@@ -229,7 +228,7 @@ class FittedTrellis:
             cols = slice(TILE * i, min(TILE * (i + 1), d))
             width = cols.stop - cols.start
             block = array[:, i * step : (i + 1) * step]
-            trellis_stream.read_states(
+            trellis_bits.read_states(
                 block, m, width, q.sixteenths, q.state_bits, q.chain, states[:, cols]
             )
         return states

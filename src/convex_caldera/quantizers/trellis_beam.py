@@ -24,6 +24,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from convex_caldera.quantizers import trellis_codes
 from convex_caldera.quantizers.trellis_simd import (
     LANES,
     add_word,
@@ -47,13 +48,6 @@ ROOM = 1.5  # arrays hold this many times M survivors
 BINS = 512
 RENORMALIZE = 32
 MERGE = 4  # steps between two searches for paths that have met
-
-# (multiplier, addend, xor-shift, second multiplier) of the byte-sum codes; shift 0 is no mixing
-BYTE_SUM_CODES = {
-    "mul1": (0x83DCD12D, 0, 0, 1),
-    "mul2": (0x83DCD12D, 0, 15, 0x9E3779B1),
-    "1mad": (34038481, 76625530, 0, 1),
-}
 
 
 @numba.njit(forceinline=True)
@@ -255,7 +249,9 @@ def search(
 
     Cost: M 2^K branch metrics a weight. Memory: about 1000 M bytes a thread.
     """
-    multiplier, addend, shift, second = (np.uint32(part) for part in BYTE_SUM_CODES[code])
+    multiplier, addend, shift, second = (
+        np.uint32(part) for part in trellis_codes.BYTE_SUM_CODES[code]
+    )
     words = (multiplier, addend, shift, second)
     unit, offset = np.float32(1 / sigma), np.float32(510 / sigma)
     out = np.empty(x.shape, np.uint8)

@@ -39,6 +39,13 @@ SIGMA = {
     "mcg": _HALVES_SIGMA,
 }
 
+# (multiplier, addend, xor-shift, second multiplier) of the byte-sum codes; shift 0 is no mixing
+BYTE_SUM_CODES = {
+    "mul1": (0x83DCD12D, 0, 0, 1),
+    "mul2": (0x83DCD12D, 0, 15, 0x9E3779B1),
+    "1mad": (34038481, 76625530, 0, 1),
+}
+
 TABLE_STATE_BITS = 16  # longest state whose levels are tabulated for speed
 
 
