@@ -75,7 +75,9 @@ class Hessian:
     @cached_property
     def damped(self) -> Tensor:
         """H + ridge I, float64."""
-        return self.matrix + self.ridge * torch.eye(len(self), dtype=torch.float64, device=self.matrix.device)
+        return self.matrix + self.ridge * torch.eye(
+            len(self), dtype=torch.float64, device=self.matrix.device
+        )
 
     @cached_property
     def root(self) -> Tensor:
@@ -92,7 +94,9 @@ class Hessian:
 
     def unit_upper(self, block: int) -> Tensor:
         """U with identity diagonal blocks, damped H = U D U^T: the feedback of LDLQ."""
-        return self.memo(("unit_upper", block), lambda: block_unit_upper(self.damped, block, self.name))
+        return self.memo(
+            ("unit_upper", block), lambda: block_unit_upper(self.damped, block, self.name)
+        )
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()` once per key; transforms keep the rotated Hessian here."""

@@ -92,7 +92,9 @@ class Transform(Protocol):
 
     kind: ClassVar[str]
 
-    def fit(self, W: Tensor, hessian: Hessian, *, seed: int, layer: str, site: str) -> FittedTransform:
+    def fit(
+        self, W: Tensor, hessian: Hessian, *, seed: int, layer: str, site: str
+    ) -> FittedTransform:
         """Choose signs, scales or orders. Layers of one input `site` get one input side."""
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

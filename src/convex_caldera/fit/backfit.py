@@ -141,9 +141,7 @@ def fit_step(
             return fit_factors(step, residual, problem.hessian, previous)
 
 
-def fit_coded(
-    step: Quantize, residual: Tensor, hessian: Hessian, right: Tensor | None
-) -> Coded:
+def fit_coded(step: Quantize, residual: Tensor, hessian: Hessian, right: Tensor | None) -> Coded:
     """Round the residual; of several gains, the one with the least loss under the metric."""
     H, U = _rounding_metric(step, hessian, right)
     importance = metric_matrix(hessian, "diagonal") if step.metric != "identity" else None

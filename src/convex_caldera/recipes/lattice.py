@@ -1,7 +1,7 @@
 """QuIP# and CALDERA: randomised Hadamard, E8 lattice, LDLQ, and a coded low-rank term.
 
-    quip-sharp   hadamard | Quantize(E8P, full)
-    caldera      hadamard | FitLowRank(r, full, coded factors); Quantize(E8P, full)   x sweeps
+quip-sharp   hadamard | Quantize(E8P, full)
+caldera      hadamard | FitLowRank(r, full, coded factors); Quantize(E8P, full)   x sweeps
 """
 
 from __future__ import annotations

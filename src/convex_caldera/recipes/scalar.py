@@ -1,8 +1,8 @@
 """Round to nearest, GPTQ and NormalFloat: one scalar quantizer under two metrics.
 
-    rtn     Quantize(Uniform, identity)
-    gptq    Quantize(Uniform, full)          LDLQ with column blocks of one is GPTQ
-    nf4     Quantize(NormalFloat, identity)
+rtn     Quantize(Uniform, identity)
+gptq    Quantize(Uniform, full)          LDLQ with column blocks of one is GPTQ
+nf4     Quantize(NormalFloat, identity)
 """
 
 from __future__ import annotations

@@ -1,0 +1,42 @@
+"""The application: its commands, and how errors become exit codes.
+
+Exit codes: 0 done, 2 usage or input, 3 infeasible budget, 4 a check failed, 5 interrupted and
+resumable. Commands live in `compressing` and `reading`; heavy imports stay inside them, so that
+--help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from convex_caldera.cli import compressing, reading
+from convex_caldera.errors import ConvexCalderaError
+
+app = typer.Typer(
+    name="convex-caldera",
+    help="Compress a language model to any number of bits or bytes, and prove what was promised.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+compressing.add_commands(app)
+reading.add_commands(app)
+
+INTERRUPTED = 5
+
+
+def run(argv: list[str]) -> int:
+    """Parse, run one command, and turn every expected error into one line and a code."""
+    try:
+        app(argv, prog_name="convex-caldera")
+    except SystemExit as stop:
+        # 1 is typer's code for an abort by the user, and nothing else.
+        return INTERRUPTED if stop.code == 1 else int(stop.code or 0)
+    except ConvexCalderaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -1,0 +1,147 @@
+"""Commands that make something: compress, plan, calibrate, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convex_caldera.cli import options as opt
+
+Out = Annotated[Path, typer.Option("--output-dir", "-o", help="Written to exactly this folder.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register this file's commands on the application."""
+    app.command()(compress)
+    app.command()(plan)
+    app.command()(calibrate)
+    app.command()(demo)
+
+
+def compress(
+    model: opt.Model,
+    output_dir: Out,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    size: opt.Size = None,
+    ratio: opt.Ratio = None,
+    rank: opt.Rank = None,
+    factor_bits: opt.FactorBits = None,
+    group_size: opt.GroupSize = None,
+    dataset: opt.Dataset = None,
+    nsamples: opt.NSamples = None,
+    seqlen: opt.SeqLen = None,
+    seed: opt.Seed = None,
+    device: opt.Device = None,
+    dtype: opt.DType = None,
+    ignore: opt.Ignore = None,
+    pin: opt.Pin = None,
+    allow_short: opt.AllowShort = None,
+    config: opt.Config = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Layers at a time; does not change the result.")
+    ] = None,
+    json: opt.Json = None,
+) -> None:
+    """Compress a model within a budget of bits per weight or bytes; resumes what was cut short."""
+    from convex_caldera.workflow.compress import compress_to
+    from convex_caldera.workflow.progress import shown
+
+    settings = _settings(
+        config,
+        opt.given(
+            model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
+            factor_bits=factor_bits, group_size=group_size, dataset=dataset, nsamples=nsamples,
+            seqlen=seqlen, seed=seed, device=device, dtype=dtype, ignore=ignore, pin=pin,
+            allow_short=allow_short,
+        ),
+    )  # fmt: skip
+    with shown() as progress:
+        summary = compress_to(settings, output_dir, progress=progress, workers=workers)
+    print(summary.text())
+    opt.write_json(json, summary.to_dict())
+
+
+def plan(
+    model: opt.Model,
+    method: opt.Method = None,
+    bits: opt.Bits = None,
+    size: opt.Size = None,
+    ratio: opt.Ratio = None,
+    rank: opt.Rank = None,
+    factor_bits: opt.FactorBits = None,
+    group_size: opt.GroupSize = None,
+    nsamples: opt.NSamples = None,
+    seqlen: opt.SeqLen = None,
+    ignore: opt.Ignore = None,
+    pin: opt.Pin = None,
+    config: opt.Config = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print every layer.")] = False,
+    json: opt.Json = None,
+) -> None:
+    """Dry run from shapes alone: bits per layer, disk and peak memory, before a weight is read."""
+    from convex_caldera.workflow.estimate import estimate
+
+    settings = _settings(
+        config,
+        opt.given(
+            model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
+            factor_bits=factor_bits, group_size=group_size, nsamples=nsamples, seqlen=seqlen,
+            ignore=ignore, pin=pin,
+        ),
+    )  # fmt: skip
+    result = estimate(settings)
+    print(result.text(layers=layers))
+    opt.write_json(json, result.to_dict())
+
+
+def calibrate(
+    model: opt.Model,
+    output_dir: Out,
+    dataset: opt.Dataset = None,
+    nsamples: opt.NSamples = None,
+    seqlen: opt.SeqLen = None,
+    seed: opt.Seed = None,
+    device: opt.Device = None,
+    dtype: opt.DType = None,
+    allow_short: opt.AllowShort = None,
+    json: opt.Json = None,
+) -> None:
+    """Collect the second moments of every layer's input once, to be reused and verified with."""
+    from convex_caldera.workflow.calibrating import calibrate_to
+    from convex_caldera.workflow.progress import shown
+
+    settings = _settings(
+        None,
+        opt.given(
+            model=model, dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
+            device=device, dtype=dtype, allow_short=allow_short,
+        ),
+    )  # fmt: skip
+    with shown() as progress:
+        record = calibrate_to(settings, output_dir, progress=progress)
+    print(f"{record['sites']} input sites, {record['tokens']} tokens -> {output_dir}")
+    opt.write_json(json, record)
+
+
+def demo(
+    output_dir: Out = Path("runs/demo"),
+    bits: Annotated[float, typer.Option(help="Stored bits per compressed weight.")] = 2.2,
+    json: opt.Json = None,
+) -> None:
+    """Compress the bundled model, reload it in a fresh process, compare it with the original."""
+    from convex_caldera.workflow.demo import run_demo
+    from convex_caldera.workflow.progress import shown
+
+    with shown() as progress:
+        result = run_demo(output_dir, bits, progress=progress)
+    print(result.text())
+    opt.write_json(json, result.to_dict())
+
+
+def _settings(config: Path | None, given: dict) -> object:
+    from convex_caldera.workflow.settings import make_settings, read_settings
+
+    return make_settings(**given) if config is None else read_settings(config, **given)

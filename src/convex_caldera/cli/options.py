@@ -1,0 +1,83 @@
+"""Options that several commands share, described once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A local Hugging Face directory, a hub id, or `bundled`.")
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
+]
+Bits = Annotated[
+    float | None,
+    typer.Option("--bits", help="Stored bits per compressed weight, never exceeded. Default 4."),
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Bytes of all weight files, such as 1.5GB or 700MiB.")
+]
+Ratio = Annotated[
+    str | None, typer.Option("--ratio", help="How many times smaller the weight files, such as 6x.")
+]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="See `convex-caldera methods`.")]
+Rank = Annotated[
+    int | None, typer.Option("--rank", help="Rank of the low-rank term (methods that have one).")
+]
+FactorBits = Annotated[
+    int | None, typer.Option("--factor-bits", help="Bits of its factors: 2, 3, 4 or 16.")
+]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", help="Weights that share a scale; 0 is a whole row.")
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="Calibration text: a .txt or .jsonl file, bundled[:split], or a hub data set. "
+        "Default bundled:calibration.",
+    ),
+]
+NSamples = Annotated[
+    int | None, typer.Option("--nsamples", help="Calibration windows. Default 128.")
+]
+SeqLen = Annotated[int | None, typer.Option("--seqlen", help="Tokens per window. Default 512.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of every random choice. Default 42.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:0, mps. Default cpu.")
+]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of the calibration pass: auto, float32, float16, bfloat16."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option("--ignore", help="Layers to leave as they are: part of a name, glob, or re:..."),
+]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option("--pin", help='Fix layers: "pattern=bits:4,rank:0". May be repeated.'),
+]
+AllowShort = Annotated[
+    bool | None, typer.Option("--allow-short", help="Accept a calibration text that is too short.")
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="TOML", help="Settings or a written recipe.toml.")
+]
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    """The machine-readable twin of what was printed."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Only the options that the user gave, lists as tuples."""
+    present = {k: v for k, v in options.items() if v is not None and v != []}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in present.items()}

@@ -1,0 +1,116 @@
+"""Commands that read: eval, inspect, generate, verify, export, methods."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convex_caldera.cli import options as opt
+
+Directory = Annotated[Path, typer.Argument(help="The output folder of a compression.")]
+CHECK_FAILED = 4
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register this file's commands on the application."""
+    app.command("eval")(evaluate)
+    app.command()(inspect)
+    app.command()(generate)
+    app.command()(verify)
+    app.command()(export)
+    app.command()(methods)
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="The original first, then compressed ones.")],
+    text: Annotated[
+        str, typer.Option(help="Held-out text: a file, or bundled[:split].")
+    ] = "bundled:test",
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens between windows.")] = 512,
+    bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = True,
+    max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.")] = None,
+    device: opt.Device = None,
+    json: opt.Json = None,
+) -> None:
+    """Perplexity, KL and top-1 agreement of several models on the same tokens in one run."""
+    from convex_caldera.workflow.evaluating import evaluate_models
+    from convex_caldera.workflow.progress import shown
+
+    with shown() as progress:
+        result = evaluate_models(
+            models, text, window=window, stride=stride, bos=bos, max_tokens=max_tokens,
+            device=device or "cpu", progress=progress,
+        )  # fmt: skip
+    print(result.text())
+    opt.write_json(json, result.to_dict())
+
+
+def inspect(directory: Directory, json: opt.Json = None) -> None:
+    """Per-layer table of a compressed model: bits, rank, error, terms, damping."""
+    from convex_caldera.workflow.inspecting import inspect_directory
+
+    result = inspect_directory(directory)
+    print(result.text())
+    opt.write_json(json, result.to_dict())
+
+
+def generate(
+    model: opt.Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue; standard input if absent.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    device: opt.Device = None,
+    json: opt.Json = None,
+) -> None:
+    """Continue a prompt with an original or a compressed model."""
+    from convex_caldera.workflow.generating import generate_text
+
+    prompt = prompt or sys.stdin.read()
+    print(prompt, end="", flush=True)
+    text = generate_text(
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        seed=seed, chat=chat, device=device or "cpu",
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )  # fmt: skip
+    print()
+    opt.write_json(json, {"prompt": prompt, "text": text})
+
+
+def verify(directory: Directory, json: opt.Json = None) -> None:
+    """Check a compressed model claim by claim; exit code 4 on the first that is false."""
+    from convex_caldera.workflow.verifying import verify_directory
+
+    result = verify_directory(directory)
+    print(result.text())
+    opt.write_json(json, result.to_dict())
+    if not result.ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def export(
+    directory: Directory,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Write plain weights that load anywhere, decoded from a compressed model."""
+    from convex_caldera.workflow.exporting import export_directory
+
+    export_directory(directory, output_dir, dtype)
+    print(f"plain {dtype} weights -> {output_dir}")
+
+
+def methods(json: opt.Json = None) -> None:
+    """The methods of this library, one sentence and the paper of each."""
+    from convex_caldera.recipes.table import METHODS
+
+    for method in METHODS.values():
+        print(f"{method.name:16s}{method.sentence}\n{'':16s}{method.paper}")
+    rows = [{"name": m.name, "sentence": m.sentence, "paper": m.paper} for m in METHODS.values()]
+    opt.write_json(json, {"methods": rows})

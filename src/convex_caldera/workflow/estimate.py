@@ -1,0 +1,128 @@
+"""What a compression would cost, from shapes alone: no weight and no text is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from convex_caldera.evaluate.table import plain_table
+from convex_caldera.models.resolve import resolve_model
+from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.recipes.table import method as method_named
+from convex_caldera.storage.source import SourceModel
+from convex_caldera.storage.write import rest_file_bytes
+from convex_caldera.workflow.compress import budget_of, computing_dtype
+from convex_caldera.workflow.planning import Plan, chosen_sites, uniform_plan
+from convex_caldera.workflow.settings import Settings
+
+# torch, transformers and this package once imported, measured on a 64-bit Linux.
+LIBRARIES_BYTES = 450_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Disk to the byte, memory by its terms, and the plan."""
+
+    method: str
+    plan: Plan
+    rest_bytes: int
+    original_bytes: int
+    all_weights: int
+    memory: dict[str, int]
+    whole_model_in_memory: bool
+
+    @property
+    def file_bytes(self) -> int:
+        return self.plan.compressed_bytes + self.rest_bytes
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "file_bytes": self.file_bytes,
+            "compressed_bytes": self.plan.compressed_bytes,
+            "original_bytes": self.original_bytes,
+            "bits_per_compressed_weight": self.plan.bits_per_compressed_weight,
+            "bits_per_weight": 8 * self.file_bytes / self.all_weights,
+            "budget_bytes": self.plan.budget.compressed_bytes if self.plan.budget else None,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "memory": self.memory,
+            "disk_bytes_while_running": self.plan.compressed_bytes + self.file_bytes,
+            "layers": [
+                {
+                    "name": name,
+                    "shape": list(shape),
+                    "bits": self.plan.layer_bits(name),
+                    "rank": self.plan.recipes[name].rank,
+                }
+                for name, shape in self.plan.shapes.items()
+            ],
+        }
+
+    def text(self, layers: bool = False) -> str:
+        record = self.to_dict()
+        lines = []
+        if layers:
+            rows = [
+                (r["name"], "x".join(map(str, r["shape"])), f"{r['bits']:.3f}", str(r["rank"]))
+                for r in record["layers"]
+            ]
+            lines += [plain_table(("layer", "shape", "bits", "rank"), rows), ""]
+        lines += [
+            f"{self.method}: {len(self.plan.recipes)} layers, {self.plan.weights:,} weights",
+            f"weight files {self.original_bytes:,} -> {self.file_bytes:,} bytes, "
+            f"{record['bits_per_compressed_weight']:.4f} bits per compressed weight, "
+            f"{record['bits_per_weight']:.4f} per all weights",
+            f"disk while running {record['disk_bytes_while_running']:,} bytes",
+            f"peak memory about {self.peak_memory_bytes / 1e6:,.0f} MB: "
+            + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items()),
+        ]
+        if self.whole_model_in_memory:
+            lines.append("note: transformers converts this checkpoint; it is held whole in memory")
+        return "\n".join(lines)
+
+
+def estimate(settings: Settings) -> Estimate:
+    """Plan a compression and predict its disk and memory.
+
+    Raises:
+        InfeasibleBudgetError, ModelError, RecipeError: as `workflow.compress.prepare`.
+    """
+    path = resolve_model(settings.model)
+    skeleton = Skeleton(path, computing_dtype(settings), settings.device)
+    source = SourceModel(path)
+    sites = chosen_sites(skeleton.sites, settings.ignore)
+    plan = uniform_plan(
+        sites, method_named(settings.method), settings, budget_of(settings, source, sites)
+    )
+    return Estimate(
+        settings.method,
+        plan,
+        rest_file_bytes(source, [site.name for site in sites]),
+        source.checkpoint.stored_bytes,
+        sum(math.prod(shape) for shape in source.checkpoint.shapes().values()),
+        _memory(settings, skeleton),
+        skeleton.whole_model,
+    )
+
+
+def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
+    """Bytes at the peak, by what takes them; each layer is fitted with a few copies of itself."""
+    itemsize = skeleton.dtype.itemsize
+    widths = {site.input_site: site.shape[1] for site in skeleton.sites if site.block == 0}
+    block = sum(s.shape[0] * s.shape[1] for s in skeleton.sites if s.block == 0)
+    largest = max((s.shape[0] * s.shape[1] for s in skeleton.sites), default=0)
+    widest = max(widths.values(), default=0)
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    tokens = settings.nsamples * settings.seqlen if method_named(settings.method).needs_data else 0
+    return {
+        "libraries": LIBRARIES_BYTES,
+        "one block": itemsize * block,
+        "hidden states": 4 * tokens * hidden,
+        "second moments": 8 * sum(3 * n * n for n in widths.values()),
+        "layers being fitted": 4 * 8 * largest + 8 * 4 * widest * widest,
+    }

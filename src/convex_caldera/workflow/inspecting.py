@@ -1,0 +1,94 @@
+"""A compressed directory as a table, one line per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convex_caldera.evaluate.table import plain_table
+from convex_caldera.storage.read import Container, open_container
+from convex_caldera.storage.spec import Spec
+
+HEADINGS = ("layer", "shape", "terms", "bits", "rank", "relative loss", "ridge", "dead", "tokens")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Rows of the per-layer table and the totals, from the files and their report."""
+
+    rows: tuple[dict[str, Any], ...]
+    totals: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layers": list(self.rows), **self.totals}
+
+    def text(self) -> str:
+        cells = [
+            (
+                row["name"],
+                "x".join(map(str, row["shape"])),
+                row["terms"],
+                f"{row['bits']:.3f}",
+                str(row["rank"]),
+                f"{row['relative_loss']:.5f}",
+                f"{row['ridge']:.2e}",
+                str(row["dead_channels"]),
+                str(row["tokens"]),
+            )
+            for row in self.rows
+        ]
+        totals = self.totals
+        return (
+            f"{plain_table(HEADINGS, cells)}\n\n{totals['method']}: {totals['file_bytes']:,} bytes, "
+            f"{totals['bits_per_compressed_weight']:.4f} bits per compressed weight, "
+            f"{totals['bits_per_weight']:.4f} per all weights"
+        )
+
+
+def inspect_directory(directory: Path) -> Inspection:
+    """Read the table of a compressed directory; nothing is decoded.
+
+    Raises:
+        FormatError: the directory is damaged.
+    """
+    container = open_container(directory)
+    report = container.report()
+    sizes = container.sizes()
+    rows = tuple(_row(container, name, report["layers"][name]) for name in sorted(container.layers))
+    return Inspection(
+        rows,
+        {
+            "method": report["method"],
+            "budget_bytes": report["budget_bytes"],
+            "file_bytes": sizes.file_bytes,
+            "compressed_bytes": sizes.compressed_bytes,
+            "bits_per_compressed_weight": sizes.bits_per_compressed_weight,
+            "bits_per_weight": sizes.bits_per_weight,
+        },
+    )
+
+
+def _row(container: Container, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    _, spec = container.layers[name]
+    kept = ("shape", "bits", "rank", "loss", "relative_loss", "ridge", "dead_channels", "tokens")
+    return {"name": name, "terms": _terms(spec), **{key: record[key] for key in kept}}
+
+
+def _terms(spec: Spec) -> str:
+    """Such as "hadamard: e8p 2 + LR(e8p 4)"."""
+    inner = " + ".join(_term(term) for term in spec["terms"])
+    outer = ", ".join(item["transform"]["kind"] for item in spec["transforms"])
+    return f"{outer}: {inner}" if outer else inner
+
+
+def _term(term: Spec) -> str:
+    if term["kind"] == "coded":
+        return _quantizer(term)
+    sides = {_quantizer(term[s]) if term[s]["kind"] == "coded" else "16" for s in ("left", "right")}
+    return f"LR({', '.join(sorted(sides))})"
+
+
+def _quantizer(term: Spec) -> str:
+    record = term["quantizer"]
+    return f"{record['kind']} {record.get('bits', '')}".strip()

@@ -1,0 +1,193 @@
+"""From settings and shapes to a plan: a recipe for every layer, within the budget, to the byte.
+
+A plan is made before any weight is read. Its size is that of the very files that will be
+written: the compressed shards with their headers (for a budget in bits per weight), and those
+plus everything kept as it was (for a budget in bytes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol, TypeVar
+
+from convex_caldera.core.recipe import Recipe
+from convex_caldera.errors import InfeasibleBudgetError, ModelError, RecipeError
+from convex_caldera.models.patterns import match
+from convex_caldera.recipes.ladder import Method, Wishes
+from convex_caldera.storage.codec import recipe_layout
+from convex_caldera.storage.layers import LayerEntry, planned_shard_bytes
+from convex_caldera.workflow.fill import Rungs, fill_uniformly
+from convex_caldera.workflow.settings import Settings, parse_ratio, parse_size
+
+
+class NamedMatrix(Protocol):
+    """What planning needs of a linear layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+S = TypeVar("S", bound=NamedMatrix)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that the compressed shards may take, and how the user put it."""
+
+    compressed_bytes: int
+    wording: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe for every layer.
+
+    `compressed_bytes` is the exact size of the shards that will hold them, headers included.
+    """
+
+    recipes: dict[str, Recipe]
+    shapes: dict[str, tuple[int, int]]
+    compressed_bytes: int
+    budget: Budget | None
+
+    @property
+    def weights(self) -> int:
+        return sum(m * n for m, n in self.shapes.values())
+
+    @property
+    def bits_per_compressed_weight(self) -> float:
+        return 8 * self.compressed_bytes / self.weights
+
+    def layer_bits(self, name: str) -> float:
+        """Stored bits per weight of one layer, without its share of the file header."""
+        return 8 * layer_bytes(self.recipes[name], self.shapes[name]) / math.prod(self.shapes[name])
+
+
+def chosen_sites(sites: Sequence[S], ignore: Iterable[str]) -> tuple[S, ...]:
+    """The layers to compress. Raises ModelError if nothing is left."""
+    patterns = tuple(ignore)
+    kept = tuple(site for site in sites if not match(patterns, site.name))
+    if not kept:
+        raise ModelError("every linear layer is ignored; nothing to compress")
+    return kept
+
+
+def make_budget(settings: Settings, weights: int, rest_bytes: int, original_bytes: int) -> Budget:
+    """The user's budget as bytes of the compressed shards.
+
+    Args:
+        weights: number of weights to compress.
+        rest_bytes: file bytes of everything that is kept as it is.
+        original_bytes: weight-file bytes of the original model.
+
+    Raises:
+        InfeasibleBudgetError: a byte budget that what is kept alone exceeds.
+    """
+    if settings.size is None and settings.ratio is None:
+        bits = settings.bits_or_default
+        return Budget(int(bits * weights / 8), f"{bits:g} bits per compressed weight")
+    if settings.size is not None:
+        total, wording = parse_size(settings.size), f"{settings.size} of weight files"
+    else:
+        ratio = settings.ratio or ""
+        total, wording = int(original_bytes / parse_ratio(ratio)), f"{ratio} smaller weight files"
+    if total <= rest_bytes:
+        raise InfeasibleBudgetError(
+            f"{wording} is {total} bytes, but the tensors that are not compressed take "
+            f"{rest_bytes}; ask for more, or compress more layers",
+            least_bits=8 * rest_bytes,
+        )
+    return Budget(total - rest_bytes, wording)
+
+
+def wishes_of(settings: Settings, name: str) -> Wishes:
+    """What the user fixed for one layer: the options, overridden by the first pin that fits."""
+    wishes = Wishes(settings.rank, settings.factor_bits, settings.group_size)
+    for pin in settings.pin:
+        pattern, pinned = parse_pin(pin)
+        if match((pattern,), name):
+            return dataclasses.replace(wishes, **pinned)
+    return wishes
+
+
+def parse_pin(pin: str) -> tuple[str, dict[str, int]]:
+    """("q_proj", {"bits": 4, "rank": 0}) of "q_proj=bits:4,rank:0".
+
+    Raises:
+        RecipeError: another form, or an unknown key.
+    """
+    pattern, equals, body = pin.rpartition("=")
+    pairs = [part.partition(":") for part in body.split(",")]
+    keys = {"bits": "bits", "rank": "rank", "factor_bits": "factor_bits", "group": "group_size"}
+    wrong = [key for key, _, value in pairs if key not in keys or not value.strip().isdigit()]
+    if not equals or not pattern or wrong:
+        raise RecipeError(
+            f"pin {pin!r} must read pattern=key:number,... with keys {', '.join(keys)}"
+        )
+    return pattern, {keys[key]: int(value) for key, _, value in pairs}
+
+
+def uniform_plan(
+    sites: Sequence[NamedMatrix], method: Method, settings: Settings, budget: Budget
+) -> Plan:
+    """The method's ladder for each layer, filled uniformly (`workflow.fill`)."""
+    ladders = {site.name: _ladder(site, method, settings) for site in sites}
+    shapes = {site.name: site.shape for site in sites}
+    rungs = [
+        Rungs(name, math.prod(shapes[name]), tuple(layer_bytes(r, shapes[name]) for r in ladder))
+        for name, ladder in ladders.items()
+    ]
+
+    def recipes(choice: Mapping[str, int]) -> dict[str, Recipe]:
+        return {name: ladders[name][rung] for name, rung in choice.items()}
+
+    def measure(choice: Mapping[str, int]) -> int:
+        return planned_bytes(recipes(choice), shapes)
+
+    with _naming_the_pins(settings, budget):
+        choice = fill_uniformly(rungs, budget.compressed_bytes, measure)
+    return Plan(recipes(choice), shapes, measure(choice), budget)
+
+
+def planned_bytes(recipes: Mapping[str, Recipe], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Exact bytes of the compressed shards of these layers."""
+    return planned_shard_bytes(
+        LayerEntry(name, *_layout(recipe, shapes[name])) for name, recipe in recipes.items()
+    )
+
+
+def layer_bytes(recipe: Recipe, shape: tuple[int, int]) -> int:
+    """Bytes of one layer's tensors, before file headers."""
+    _, layout = _layout(recipe, shape)
+    return sum(math.prod(size) * dtype.itemsize for dtype, size in layout.values())
+
+
+@lru_cache(maxsize=65536)
+def _layout(recipe: Recipe, shape: tuple[int, int]):  # type: ignore[no-untyped-def]
+    return recipe_layout(recipe, shape)
+
+
+def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recipe]:
+    """A layer's recipes by rising size; of two with one size the later is kept."""
+    recipes = method.ladder(site.shape, wishes_of(settings, site.name))
+    by_size: dict[int, Recipe] = {layer_bytes(r, site.shape): r for r in recipes}
+    return [by_size[size] for size in sorted(by_size)]
+
+
+@contextmanager
+def _naming_the_pins(settings: Settings, budget: Budget) -> Iterator[None]:
+    """Adds to an infeasible budget what the user asked for and which pins weigh on it."""
+    try:
+        yield
+    except InfeasibleBudgetError as error:
+        pins = f"; pins: {', '.join(settings.pin)}" if settings.pin else ""
+        message = f"{budget.wording}: {error}{pins}"
+        raise InfeasibleBudgetError(message, error.least_bits) from error

@@ -1,0 +1,132 @@
+"""What a user asks of one compression, validated once; also what recipe.toml writes down.
+
+Unknown keys are errors, contradictions name both keys. Paths stay as the user typed them,
+but an absolute path is written down by its last part only, so that no machine's layout leaks
+into what is published.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from convex_caldera.errors import RecipeError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+
+
+class Settings(BaseModel):
+    """One compression run; every field is an option of `convex-caldera compress`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    method: str = "caldera"
+    bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    size: str | None = None
+    ratio: str | None = None
+    rank: Annotated[int, Field(ge=0)] | None = None
+    factor_bits: Literal[2, 3, 4, 16] = 4
+    group_size: Annotated[int, Field(ge=0)] | None = None
+    dataset: str = "bundled:calibration"
+    nsamples: Annotated[int, Field(ge=1)] = 128
+    seqlen: Annotated[int, Field(ge=8)] = 512
+    seed: int = 42
+    device: str = "cpu"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    ignore: tuple[str, ...] = ()
+    pin: tuple[str, ...] = ()
+    allow_short: bool = False
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Settings:
+        given = [name for name in ("bits", "size", "ratio") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one budget")
+        if self.size is not None:
+            parse_size(self.size)
+        if self.ratio is not None:
+            parse_ratio(self.ratio)
+        return self
+
+    @property
+    def bits_or_default(self) -> float:
+        """Bits per compressed weight when no size is given: 4 unless stated."""
+        return 4.0 if self.bits is None else self.bits
+
+    def published(self) -> dict[str, Any]:
+        """The settings as written into an output: no absolute paths, no defaults hidden."""
+        record = self.model_dump(exclude_none=True)
+        for key in ("model", "dataset"):
+            record[key] = Path(record[key]).name if Path(record[key]).is_absolute() else record[key]
+        return record
+
+
+def make_settings(**values: Any) -> Settings:
+    """Settings from keyword arguments; RecipeError says which field is wrong and why."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise RecipeError(_readable(error)) from error
+
+
+def read_settings(path: Path, **overrides: Any) -> Settings:
+    """Settings from a TOML file's [run] table (or its top level), options given on top winning."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no file {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    table = document.get("run", document)
+    if not isinstance(table, dict):
+        raise RecipeError(f"{path}: [run] must be a table")
+    if any(overrides.get(key) is not None for key in ("bits", "size", "ratio")):
+        table = {k: v for k, v in table.items() if k not in ("bits", "size", "ratio")}
+    return make_settings(**{**table, **{k: v for k, v in overrides.items() if v is not None}})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1.5GB", "700 MiB" or a plain number.
+
+    Raises:
+        RecipeError: not a size.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
+        raise RecipeError(f"size {text!r} is not a number of bytes such as 1.5GB or 700MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_ratio(text: str) -> float:
+    """The factor of "6x" or "6": original file bytes over compressed file bytes.
+
+    Raises:
+        RecipeError: not a ratio above 1.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*x?\s*", text)
+    if match is None or float(match[1]) <= 1:
+        raise RecipeError(f"ratio {text!r} is not a factor above 1 such as 6x")
+    return float(match[1])
+
+
+def _readable(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        shown = f" (got {item['input']!r})" if item["loc"] else ""
+        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
+    return "; ".join(parts)
