@@ -39,12 +39,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 96, "rotary_pct": 0.25},
 }
 
+# Blocks that return tuples, take a bias instead of a mask, or read one input in parallel.
+FURTHER: dict[str, dict[str, Any]] = {
+    "bloom": {},
+    "falcon": {"new_decoder_architecture": False, "parallel_attn": True},
+    "cohere": _GROUPED,
+    "gemma2": {**_GROUPED, "head_dim": 16, "sliding_window": 8},
+}
+
 
 def build(family: str, *, seed: int = 0, **changes: Any) -> Any:
     """A random model with weights large enough that every layer matters."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**_COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_COMMON, **(FAMILIES | FURTHER)[family], **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -42,6 +42,14 @@ def test_blockwise_forward_is_the_model(family, tied, tiny_model):
     torch.testing.assert_close(logits, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
+@pytest.mark.parametrize("family", tiny_models.FURTHER)
+def test_blockwise_forward_of_further_families(family, tiny_model):
+    skeleton = Skeleton(tiny_model(family))
+    assert (skeleton.structure.output_length > 0) == (family in ("bloom", "falcon"))
+    logits = _blockwise(skeleton, _tokens())
+    torch.testing.assert_close(logits, _whole(family, _tokens()), rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
 def test_blockwise_forward_of_windows_that_differ_by_layer(tiny_model):
     """Qwen2 with sliding attention in the upper layer only: every block has its own mask."""
     options = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}

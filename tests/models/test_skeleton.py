@@ -86,7 +86,7 @@ def test_skeleton_counts_unused_tensors(copied):
     assert Skeleton(copied).unused == ("extra.bias",)
 
 
-def test_skeleton_whole_model_when_transformers_must_convert(tiny_model, tmp_path):
+def test_skeleton_whole_model_when_transformers_must_convert(tmp_path):
     """Mixtral stores experts one by one; transformers fuses them while loading."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -104,6 +104,10 @@ def test_skeleton_whole_model_when_transformers_must_convert(tiny_model, tmp_pat
     model.save_pretrained(tmp_path)
     skeleton = Skeleton(tmp_path)
     assert skeleton.whole_model
+    kinds = {site.kind: site.input_site.split(".")[-1] for site in skeleton.sites}
+    assert kinds == {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "o_proj": "o_proj"}
+    assert skeleton.names["lm_head.weight"] == "lm_head.weight"
+    assert not any("experts" in name for name in skeleton.names)
     with skeleton.loaded("model.layers.0") as block:
         expected = model.model.layers[0].state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in block.state_dict().items())

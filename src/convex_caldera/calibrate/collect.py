@@ -19,6 +19,7 @@ from convex_caldera.calibrate.statistics import InputAccumulator, InputStatistic
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import RecipeError
 from convex_caldera.models.blocks import HiddenStates
+from convex_caldera.models.intercept import first_input
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 
@@ -141,7 +142,7 @@ def _measure(
     handles = [
         block.get_submodule(
             name.removeprefix(f"{structure.block_name(index)}.")
-        ).register_forward_pre_hook(meter)
+        ).register_forward_pre_hook(meter, with_kwargs=True)
         for name, meter in meters.items()
     ]
     try:
@@ -166,8 +167,8 @@ class _Meter:
         self.accumulator = accumulator
         self.samples = range(0)
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.accumulator.add(args[0], self.samples)
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.accumulator.add(first_input(args, kwargs), self.samples)
 
 
 def _check_choices(propagate: str, replace: Replace | None, wanted: set[int], total: int) -> None:

@@ -77,6 +77,15 @@ def token_windows(
     return torch.cat([torch.tensor([head] * count, dtype=torch.int64).view(count, -1), windows], 1)
 
 
+def read_text(source: str | Path) -> str:
+    """A source as one text, documents in order with a blank line between them.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    return "\n\n".join(_documents(source))
+
+
 def fingerprint(tokens: Tensor) -> str:
     """SHA-256 of token ids and their shape: which text calibrated this."""
     digest = hashlib.sha256(json.dumps(list(tokens.shape)).encode())

@@ -45,6 +45,11 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, B
     return hidden, BlockCall(args[1:], rest)
 
 
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a linear layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
 def first_output(output: Any) -> Tensor:
     """Hidden states from a block's output, which may be a tuple that starts with them."""
     return output[0] if isinstance(output, tuple) else output

@@ -7,8 +7,10 @@ forward of one block of each kind, by comparing the memory that arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from convex_caldera.errors import ModelError
 from convex_caldera.models.intercept import (
     ForwardStoppedError,
+    first_input,
     first_output,
     forward_until_stopped,
+    intercepted,
     like_output,
     split_call,
 )
@@ -144,37 +148,62 @@ def _probe(
         return like_output(hidden, output_length)
 
     tokens = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
-    with stand_ins(model):
+    with stand_ins(model), _experts_one_by_one(model):
         forward_until_stopped(model, blocks, tokens, handler)
     return output_length
 
 
 class _InputWatch:
-    """Which linear layers of a block read the same memory; a context around one forward."""
+    """Which linear layers of a block read the same memory; a context around one forward.
+
+    Meanwhile plain linear layers answer with a constant, since only the flow matters.
+    """
 
     def __init__(self, block: nn.Module):
         self.first_reader: dict[str, str] = {}
+        self._linears = _linears(block)
         self._seen: dict[tuple[Any, ...], str] = {}
         self._alive: list[Tensor] = []
-        self._linears = _linears(block)
-        self._handles: list[Any] = []
+        self._exits = ExitStack()
 
     def __enter__(self) -> _InputWatch:
         for name, linear in self._linears.items():
-            self._handles.append(linear.register_forward_pre_hook(self._watch(name)))
+            hook = linear.register_forward_pre_hook(self._watch(name), with_kwargs=True)
+            self._exits.callback(hook.remove)
+        plain = [linear for linear in self._linears.values() if type(linear) is nn.Linear]
+        self._exits.enter_context(intercepted(plain, partial(_constant, plain)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._exits.close()
 
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self._alive.append(args[0])  # else freed memory could be given out again
-            first = self._seen.setdefault(_memory(args[0]), name)
+    def _watch(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            self._alive.append(x)  # else freed memory could be given out again
+            first = self._seen.setdefault(_memory(x), name)
             self.first_reader.setdefault(name, first)
 
         return hook
+
+
+def _constant(linears: list[nn.Linear], index: int, _: Any, args: Any, kwargs: Any) -> Tensor:
+    x = first_input(args, kwargs)
+    return x.new_ones(*x.shape[:-1], linears[index].out_features)
+
+
+@contextmanager
+def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Fused experts without grouped products, which refuse the strides of stand-ins."""
+    if not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()  # type: ignore[operator]
+    model.set_experts_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)  # type: ignore[operator]
 
 
 def _memory(x: Tensor) -> tuple[Any, ...]:

@@ -30,7 +30,8 @@ class Skeleton:
     Attributes:
         model: the transformers model, in evaluation mode, parameters on the meta device.
         checkpoint: its weights on disk.
-        names: parameter -> name in the checkpoint; tied parameters have the same one.
+        names: parameter -> name in the checkpoint; tied parameters have the same one, and
+            parameters that exist after conversion only (see `whole_model`) have none.
         unused: tensors of the checkpoint that no parameter asks for.
         whole_model: True if transformers converts this checkpoint on loading, so that the whole
             model is held in memory instead of one block; reports must say so.
@@ -59,7 +60,6 @@ class Skeleton:
         self.checkpoint = Checkpoint(path)
         self._read_names()
         self._live: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
-        self._meta: dict[str, nn.Parameter] = {}
         self._place_buffers()
 
     @cached_property
@@ -79,7 +79,7 @@ class Skeleton:
         by_owner = {slot.owner: slot.name for slot in slots(self.model) if slot.key == "weight"}
         if head is None or head not in by_owner:
             return False
-        return self.names[by_owner[head]] == self.names[by_owner[embedding]]
+        return self._sources[by_owner[head]] == self._sources[by_owner[embedding]]
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[nn.Module]:
@@ -103,9 +103,7 @@ class Skeleton:
 
     def tensor(self, name: str) -> Tensor:
         """One parameter as stored, by its name in the model."""
-        if self._converted is not None:
-            return self._converted[name]
-        return self.checkpoint.tensor(self.names[name])
+        return self._value(self._sources[name])
 
     @contextmanager
     def _filled(self, wanted: Iterable[Slot]) -> Iterator[None]:
@@ -122,46 +120,50 @@ class Skeleton:
 
     def _parameter(self, name: str) -> nn.Parameter:
         """The parameter with data; tied names get one object as long as it lives."""
-        stored = self.names[name]
-        live = self._live.get(stored)
+        source = self._sources[name]
+        live = self._live.get(source)
         if live is not None:
             return live
-        values = self.tensor(name).to(self.device, self.dtype)
+        values = self._value(source).to(self.device, self.dtype)
         if not torch.isfinite(values).all():
             bad = int((~torch.isfinite(values)).sum())
             raise NumericalError(
-                f"{stored}: {bad} of {values.numel()} weights are NaN or infinite; "
+                f"{source}: {bad} of {values.numel()} weights are NaN or infinite; "
                 "repair the checkpoint"
             )
         parameter = nn.Parameter(values, requires_grad=False)
-        self._live[stored] = parameter
+        self._live[source] = parameter
         return parameter
 
     def _read_names(self) -> None:
         mapped = map_names(self.model, self.checkpoint)
-        self.unused = mapped.unused
+        self.names, self.unused = mapped.parameters, mapped.unused
         self.whole_model = bool(mapped.missing) or needs_conversion(self.model, self.checkpoint)
-        self.names, self._buffer_names = mapped.parameters, mapped.buffers
+        # Where values come from: by default the checkpoint, by its names.
+        self._sources, self._buffer_sources = mapped.parameters, mapped.buffers
         self._converted: dict[str, Tensor] | None = None
         if self.whole_model:
             self._converted = _converted_state(self.path)
             first = {t.data_ptr(): name for name, t in reversed(self._converted.items())}
-            converted = {name: first[t.data_ptr()] for name, t in self._converted.items()}
-            self.names = {slot.name: converted[slot.name] for slot in slots(self.model)}
+            sources = {name: first[t.data_ptr()] for name, t in self._converted.items()}
+            self._sources = {slot.name: sources[slot.name] for slot in slots(self.model)}
             buffers = dict(self.model.named_buffers())
-            self._buffer_names = {name: name for name in converted if name in buffers}
+            self._buffer_sources = {name: name for name in self._converted if name in buffers}
 
     def _place_buffers(self) -> None:
         for module_name, module in self.model.named_modules():
             for key, buffer in module._buffers.items():
                 name = f"{module_name}.{key}" if module_name else key
-                if buffer is not None and name in self._buffer_names:
-                    stored = self._buffer_names[name]
-                    own = self._converted
-                    value = own[name] if own is not None else self.checkpoint.tensor(stored)
+                if buffer is not None and name in self._buffer_sources:
+                    value = self._value(self._buffer_sources[name])
                     module._buffers[key] = value.to(self.device, buffer.dtype)
                 elif buffer is not None:
                     module._buffers[key] = buffer.to(self.device)
+
+    def _value(self, source: str) -> Tensor:
+        if self._converted is not None:
+            return self._converted[source].clone()
+        return self.checkpoint.tensor(source)
 
 
 def _converted_state(path: Path) -> dict[str, Tensor]:
