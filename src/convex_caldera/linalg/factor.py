@@ -27,6 +27,7 @@ def checked_cholesky(A: Tensor, name: str) -> Tensor:
     Cost: n^3 / 3 flops, and an eigenvalue computation only on failure.
     """
     _check_square(A, name)
+    L: Tensor
     L, info = torch.linalg.cholesky_ex(A.double())
     if int(info) != 0 or not torch.isfinite(L.diagonal()).all():
         raise NumericalError(_indefinite(A.double(), name))
@@ -73,10 +74,10 @@ def _normalize_blocks(C: Tensor, block: int) -> Tensor:
     whole = n - n % block
     U = torch.empty_like(C)
     if whole:
-        diagonal = C[:whole, :whole].unflatten(0, (-1, block)).unflatten(2, (-1, block))
+        diagonal = C[:whole, :whole].reshape(whole // block, block, -1, block)
         inverses = _invert_upper(diagonal.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-        columns = C[:, :whole].unflatten(1, (-1, block)).transpose(0, 1)
-        U[:, :whole].unflatten(1, (-1, block)).copy_((columns @ inverses).transpose(0, 1))
+        columns = C[:, :whole].reshape(n, -1, block).transpose(0, 1)
+        U[:, :whole] = (columns @ inverses).transpose(0, 1).reshape(n, whole)
     if whole < n:
         U[:, whole:] = C[:, whole:] @ _invert_upper(C[whole:, whole:])
     owner = torch.arange(n, device=C.device) // block
@@ -88,7 +89,8 @@ def _normalize_blocks(C: Tensor, block: int) -> Tensor:
 def _invert_upper(C: Tensor) -> Tensor:
     """Inverses of small upper triangular matrices (..., b, b), by back substitution."""
     identity = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device).expand(C.shape)
-    return torch.linalg.solve_triangular(C, identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(C, identity, upper=True)
+    return inverse
 
 
 def _check_square(A: Tensor, name: str) -> None:
