@@ -1,0 +1,145 @@
+"""Registration with transformers: `AutoModelForCausalLM.from_pretrained(dir)` just works.
+
+Only the stable part of its interface is used: before weights are loaded, linear modules of the
+meta skeleton are replaced by ones whose buffers and parameters are named as in the files. The
+specs come from the files' own metadata. Importing this module registers; `runtime.hook` imports
+it at the right time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from convex_caldera.errors import FormatError, RecipeError
+
+QUANT_METHOD = "convex_caldera"
+
+
+class ConvexCalderaConfig(QuantizationConfigMixin):
+    """`quantization_config` of a compressed model: the method and the format version."""
+
+    def __init__(self, format_version: int = 1, **unknown: Any):
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise FormatError(f"config.json: unknown quantization keys {sorted(unknown)}")
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "format_version": self.format_version}
+
+
+class ConvexCalderaQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes compressed models within transformers."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        from convex_caldera.storage.layers import FORMAT_VERSION
+
+        version = self.quantization_config.format_version
+        if version != FORMAT_VERSION:
+            raise FormatError(f"format version {version!r}; this program reads {FORMAT_VERSION}")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
+    ) -> Any:
+        from convex_caldera.runtime.replace import replace_linears
+
+        specs = specs_of_files([Path(file) for file in checkpoint_files or ()])
+        replace_linears(model, specs)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from convex_caldera.runtime.linear import CompressedLinear
+
+        for module in model.modules():
+            if isinstance(module, CompressedLinear):
+                module.settle()
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        from convex_caldera.runtime.linear import CompressedLinear
+
+        for name, module in list(model.named_modules()):
+            if isinstance(module, CompressedLinear):
+                parent, _, child = name.rpartition(".")
+                plain = module.dequantize(dtype or model.config.dtype)
+                setattr(model.get_submodule(parent) if parent else model, child, plain)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        from convex_caldera.runtime.linear import CompressedLinear
+        from convex_caldera.storage.layers import shard_metadata
+
+        specs = {
+            name: module.spec
+            for name, module in model.named_modules()
+            if isinstance(module, CompressedLinear)
+        }
+        return None, shard_metadata(specs, explicit_names=True)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def specs_of_files(files: Iterable[Path]) -> dict[str, Any]:
+    """Specs of all layers of a checkpoint, every tensor checked to be there.
+
+    Raises FormatError if the files hold no compressed layer, or do not fit their own metadata.
+    """
+    from convex_caldera.storage.layers import check_layer_tensors, layer_specs
+    from convex_caldera.storage.shard import read_header
+
+    specs: dict[str, Any] = {}
+    infos: dict[str, Any] = {}
+    for path in files:
+        header = read_header(path)
+        specs.update(layer_specs(header))
+        infos.update({name: entry.info for name, entry in header.entries.items()})
+    if not specs:
+        raise FormatError("config.json names convex_caldera, but no file holds compressed layers")
+    for name, spec in specs.items():
+        check_layer_tensors(name, spec, infos)
+    return specs
+
+
+def register() -> None:
+    """Add our method to transformers' tables, unless it is there already.
+
+    Raises RecipeError if another package has taken the name.
+    """
+    tables = (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+    owners = [table[QUANT_METHOD].__name__ for table in tables if QUANT_METHOD in table]
+    if owners == [ConvexCalderaConfig.__name__, ConvexCalderaQuantizer.__name__]:
+        return
+    if owners:
+        raise RecipeError(f"{QUANT_METHOD!r} is registered with transformers by {owners}")
+    register_quantization_config(QUANT_METHOD)(ConvexCalderaConfig)
+    register_quantizer(QUANT_METHOD)(ConvexCalderaQuantizer)
+
+
+register()

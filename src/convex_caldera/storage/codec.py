@@ -1,0 +1,281 @@
+"""One compressed layer <-> a spec (plain data) and at most a few tensors.
+
+Everything but dense low-rank factors goes into one uint8 tensor `packed`: codes, scales, tables
+and signs one after the other, in an order that the spec gives. One tensor instead of seven saves
+about 600 header bytes per layer, and a cast of the model to another dtype cannot touch a scale.
+Dense factors stay tensors of their own, `left_<t>` and `right_<t>` for term t, so that they can
+be trained in place.
+
+The spec says what is in `packed`: kinds and fields of quantizers and transforms (as in
+`recipes.records`), and dtype and shape of every part. docs/format.md, section 4, is normative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
+from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe
+from convex_caldera.core.terms import Coded, CompressedLayer, Dense, Factor, LowRank, Term
+from convex_caldera.errors import FormatError, RecipeError
+from convex_caldera.recipes.records import from_record, to_record
+from convex_caldera.storage.shard import NAMES
+from convex_caldera.storage.spec import (
+    CODES,
+    FACTOR_DTYPES,
+    PACKED,
+    Layout,
+    Owner,
+    Part,
+    Spec,
+    packed_parts,
+    padding,
+    spec_layout,
+)
+
+# --- layer -> spec and tensors --------------------------------------------------------------
+
+
+def layer_to_tensors(layer: CompressedLayer) -> tuple[Spec, dict[str, Tensor]]:
+    """Spec and tensors (CPU) of a layer; the inverse of `layer_from_tensors`.
+
+    Low-rank terms of rank 0 are dropped. Raises FormatError if nothing is left to store, or a
+    quantizer or transform is in no table.
+    """
+    terms = [t for t in layer.terms if not (isinstance(t, LowRank) and t.rank == 0)]
+    spec: Spec = {
+        "shape": list(layer.shape),
+        "transforms": [_transform_spec(t.transform, t.tensors()) for t in layer.transforms],
+        "terms": [_term_spec(term) for term in terms],
+    }
+    if not terms:
+        raise FormatError(f"a layer of shape {layer.shape} without terms would decode to zeros")
+    values: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    for i, fitted in enumerate(layer.transforms):
+        values["transforms", i] = fitted.tensors()
+    for i, term in enumerate(terms):
+        match term:
+            case Coded():
+                values["terms", i] = _coded_tensors(term)
+            case LowRank():
+                for side, factor in (("left", term.left), ("right", term.right)):
+                    if isinstance(factor, Dense):
+                        tensors[f"{side}_{i}"] = factor.values.detach().cpu().contiguous()
+                    else:
+                        values["terms", i, side] = _coded_tensors(factor)
+    parts = packed_parts(spec)
+    if parts:
+        pieces = [_as_bytes(values[part.owner][part.field]) for part in parts]
+        pieces.append(torch.zeros(padding(parts), dtype=torch.uint8))
+        tensors[PACKED] = torch.cat(pieces)
+    return spec, tensors
+
+
+def recipe_layout(recipe: Recipe, shape: tuple[int, int]) -> tuple[Spec, Layout]:
+    """What a layer of `shape` fitted by `recipe` will be stored as, before any data is seen.
+
+    The spec is equal to that of `layer_to_tensors` for the fitted layer, and the layout to the
+    dtypes and shapes of its tensors.
+    """
+    spec: Spec = {
+        "shape": list(shape),
+        "transforms": [_layout_spec(t, shape, "transform") for t in recipe.transforms],
+        "terms": [],
+    }
+    for step in recipe.steps:
+        if isinstance(step, Quantize):
+            spec["terms"].append({"kind": "coded", **_layout_spec(step.quantizer, shape)})
+        elif step.rank:
+            spec["terms"].append(_low_rank_layout(step, shape))
+    return spec, spec_layout(spec, torch.float16)
+
+
+def _transform_spec(transform: Any, tensors: Mapping[str, Tensor]) -> Spec:
+    return {"transform": to_record(transform), "tensors": _describe(tensors)}
+
+
+def _term_spec(term: Term) -> Spec:
+    if isinstance(term, Coded):
+        return {"kind": "coded", **_coded_spec(term)}
+    return {
+        "kind": "low_rank",
+        "rank": term.rank,
+        "left": _factor_spec(term.left),
+        "right": _factor_spec(term.right),
+    }
+
+
+def _factor_spec(factor: Factor) -> Spec:
+    if isinstance(factor, Dense):
+        return {"kind": "dense"}
+    return {"kind": "coded", **_coded_spec(factor)}
+
+
+def _coded_spec(coded: Coded) -> Spec:
+    return {
+        "quantizer": to_record(coded.fitted.quantizer),
+        "tensors": _describe(_coded_tensors(coded)),
+    }
+
+
+def _coded_tensors(coded: Coded) -> dict[str, Tensor]:
+    return {**coded.fitted.tensors(), CODES: coded.fitted.pack(coded.codes)}
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> Spec:
+    return {name: [NAMES[t.dtype], list(t.shape)] for name, t in sorted(tensors.items())}
+
+
+def _layout_spec(owner: Any, shape: tuple[int, int], role: str = "quantizer") -> Spec:
+    layout = sorted(owner.layout(shape).items())
+    tensors = {name: [NAMES[dtype], list(size)] for name, (dtype, size) in layout}
+    return {role: to_record(owner), "tensors": tensors}
+
+
+def _low_rank_layout(step: FitLowRank, shape: tuple[int, int]) -> Spec:
+    m, n = shape
+    if step.rank > min(m, n):
+        raise RecipeError(f"rank {step.rank} exceeds the smaller side of {shape}")
+    sides: dict[str, Spec] = {"left": {"kind": "dense"}, "right": {"kind": "dense"}}
+    if step.factors is not None:
+        quantizer = step.factors.quantizer
+        for side, width in (("left", m), ("right", n)):
+            sides[side] = {"kind": "coded", **_layout_spec(quantizer, (step.rank, width))}
+    return {"kind": "low_rank", "rank": step.rank, **sides}
+
+
+# --- spec and tensors -> layer --------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCoded:
+    """Codes still packed, and the fitted quantizer that reads them."""
+
+    packed: Tensor
+    fitted: FittedQuantizer
+
+    def unpack(self) -> Coded:
+        return Coded(self.fitted.unpack(self.packed), self.fitted)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLowRank:
+    """Factors as stored; a coded left is the transpose (rank, m)."""
+
+    left: StoredCoded | Dense
+    right: StoredCoded | Dense
+
+    def unpack(self) -> LowRank:
+        left, right = (
+            side.unpack() if isinstance(side, StoredCoded) else side
+            for side in (self.left, self.right)
+        )
+        return LowRank(left, right)
+
+
+StoredTerm = StoredCoded | StoredLowRank
+
+
+def layer_from_tensors(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedLayer:
+    """Rebuild a layer from a checked spec (`check_spec`) and its tensors.
+
+    Raises FormatError if a tensor is missing, superfluous, of the wrong dtype or shape, holds NaN
+    or infinite numbers, or if codes are out of range.
+    """
+    transforms, terms = stored_terms(spec, tensors)
+    shape = (spec["shape"][0], spec["shape"][1])
+    return CompressedLayer(shape, tuple(term.unpack() for term in terms), transforms)
+
+
+def stored_terms(
+    spec: Spec, tensors: Mapping[str, Tensor]
+) -> tuple[tuple[FittedTransform, ...], tuple[StoredTerm, ...]]:
+    """Transforms and terms of a stored layer, codes left packed; checks as in the above."""
+    check_tensors(spec, tensors)
+    parts = split_packed(spec, tensors.get(PACKED))
+    shape = (spec["shape"][0], spec["shape"][1])
+    transforms = tuple(
+        from_record(item["transform"]).restore(shape, _finite(parts.get(("transforms", i), {})))
+        for i, item in enumerate(spec["transforms"])
+    )
+    terms: list[StoredTerm] = []
+    for i, item in enumerate(spec["terms"]):
+        if item["kind"] == "coded":
+            terms.append(_stored_coded(item, shape, parts["terms", i]))
+            continue
+        sides = []
+        for side, width in (("left", shape[0]), ("right", shape[1])):
+            if item[side]["kind"] == "dense":
+                field = f"{side}_{i}"
+                sides.append(Dense(_finite({field: tensors[field]})[field]))
+            else:
+                stored = parts["terms", i, side]
+                sides.append(_stored_coded(item[side], (item["rank"], width), stored))
+        terms.append(StoredLowRank(*sides))
+    return transforms, tuple(terms)
+
+
+def _stored_coded(item: Spec, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> StoredCoded:
+    side = _finite({name: t for name, t in stored.items() if name != CODES})
+    return StoredCoded(stored[CODES], from_record(item["quantizer"]).restore(shape, side))
+
+
+def _finite(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FormatError(f"{name!r} holds NaN or infinite numbers")
+    return tensors
+
+
+def check_tensors(spec: Spec, tensors: Mapping[str, Tensor]) -> None:
+    """Names, dtypes and shapes exactly as the spec asks; dense factors in any float dtype."""
+    layout = spec_layout(spec)
+    if set(tensors) != set(layout):
+        odd = sorted(set(tensors) ^ set(layout))
+        raise FormatError(f"tensors {odd} are missing or superfluous; expected {sorted(layout)}")
+    for name, (dtype, shape) in layout.items():
+        tensor = tensors[name]
+        allowed = (dtype,) if name == PACKED else FACTOR_DTYPES
+        if tuple(tensor.shape) != shape or tensor.dtype not in allowed:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise FormatError(f"{name!r} must be {allowed[0]} {shape}, got {got}")
+
+
+def split_packed(spec: Spec, packed: Tensor | None) -> dict[Owner, dict[str, Tensor]]:
+    """Views (or aligned copies) of the parts of `packed`, by owner and field.
+
+    Raises FormatError if the length is not exactly that of the parts or the padding is not zero.
+    """
+    parts = packed_parts(spec)
+    used = sum(part.num_bytes for part in parts)
+    want = used + padding(parts)
+    if packed is None:
+        packed = torch.empty(0, dtype=torch.uint8)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != want:
+        got = f"{packed.dtype} {tuple(packed.shape)}"
+        raise FormatError(f"`packed` must be uint8 ({want},) for this spec, got {got}")
+    if packed[used:].any():
+        raise FormatError("the padding after the last part of `packed` must be zero")
+    out: dict[Owner, dict[str, Tensor]] = {}
+    position = 0
+    for part in parts:
+        raw = packed[position : position + part.num_bytes]
+        out.setdefault(part.owner, {})[part.field] = _from_bytes(raw, part)
+        position += part.num_bytes
+    return out
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _from_bytes(raw: Tensor, part: Part) -> Tensor:
+    if part.dtype.itemsize > 1 and raw.numel():
+        raw = raw.clone()  # a view needs an aligned start, which a slice of a file may lack
+    return raw.view(part.dtype).reshape(part.shape)
