@@ -1,4 +1,8 @@
-"""The objective, written once: minimise tr((W - W^) H (W - W^)^T)."""
+"""The objective, written once: minimise tr(O (W - W^) H (W - W^)^T).
+
+H weighs inputs; O weighs outputs and is the identity unless a Kronecker curvature of the model's
+own loss was measured, in which case the objective is the predicted KL per token in nats.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,17 @@ from convex_caldera.errors import NumericalError, ShapeError
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Approximate W (out_features, in_features) under H (in_features, in_features).
+    """Approximate W (out_features m, in_features n) under H (n, n) and, if given, O (m, m).
 
     Raises:
-        ShapeError: W is not a matrix or H does not match its columns.
+        ShapeError: W is not a matrix or H or O does not match its sides.
         NumericalError: W has NaN or infinite entries; the message names the first.
     """
 
     W: Tensor
     hessian: Hessian
     name: str = "W"
+    output: Hessian | None = None
     _energy: list[float] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -31,6 +36,10 @@ class Problem:
         if len(self.hessian) != self.W.shape[1]:
             raise ShapeError(
                 f"{self.name}: W is {tuple(self.W.shape)} but H has {len(self.hessian)} rows"
+            )
+        if self.output is not None and len(self.output) != self.W.shape[0]:
+            raise ShapeError(
+                f"{self.name}: W is {tuple(self.W.shape)} but O has {len(self.output)} rows"
             )
         bad = ~torch.isfinite(self.W)
         if bad.any():
@@ -41,22 +50,23 @@ class Problem:
             )
 
     def loss(self, W_hat: Tensor, dtype: torch.dtype = torch.float64) -> float:
-        """tr((W - W_hat) H (W - W_hat)^T) under the undamped H.
+        """tr(O (W - W_hat) H (W - W_hat)^T) under the undamped H and O.
 
         float64 is the reported precision; float32 halves the cost where losses are compared.
         """
         E = self.W.to(dtype) - W_hat.to(dtype)
-        H = self.hessian.matrix_as(dtype)
-        return float(((E @ H) * E).sum(dtype=torch.float64))
+        EH = E @ self.hessian.matrix_as(dtype)
+        OE = E if self.output is None else self.output.matrix_as(dtype) @ E
+        return float((EH * OE).sum(dtype=torch.float64))
 
     @property
     def energy(self) -> float:
-        """tr(W H W^T), float64."""
+        """tr(O W H W^T), float64."""
         if not self._energy:
             self._energy.append(self.loss(torch.zeros_like(self.W)))
         return self._energy[0]
 
     def relative_loss(self, W_hat: Tensor, dtype: torch.dtype = torch.float64) -> float:
-        """loss / tr(W H W^T); 0 / 0 counts as 0. Not square-rooted."""
+        """loss / energy; 0 / 0 counts as 0. Not square-rooted."""
         loss = self.loss(W_hat, dtype)
         return loss / self.energy if self.energy > 0 else float(loss > 0)

@@ -120,6 +120,9 @@ class FittedTransform(Protocol):
     def apply_hessian(self, hessian: Hessian) -> Hessian:
         """A H A^T; the same object for the same input side, so factorizations are shared."""
 
+    def apply_output(self, output: Hessian) -> Hessian:
+        """B O B^T for the output side of a Kronecker curvature."""
+
     def inputs(self, x: Tensor) -> Tensor:
         """Activations (..., n) -> A x."""
 

@@ -82,19 +82,21 @@ Step = Quantize | FitLowRank
 class Recipe:
     """`sweeps` rounds over `steps` inside `transforms` (outermost first), best state kept.
 
-    `damping` is the fraction of mean(diag H) added to H for every factorization.
+    `damping` is the fraction of mean(diag H) added to H for every factorization, and
+    `output_damping` the same for the output side of a Kronecker curvature, which is noisier.
     """
 
     steps: tuple[Step, ...]
     transforms: tuple[Transform, ...] = ()
     sweeps: int = 1
     damping: float = 0.01
+    output_damping: float = 0.05
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise RecipeError("a recipe without steps would return zeros; name at least one step")
-        if self.sweeps < 1 or self.damping < 0:
-            raise RecipeError(f"sweeps must be >= 1 and damping >= 0, got {self}")
+        if self.sweeps < 1 or self.damping < 0 or self.output_damping < 0:
+            raise RecipeError(f"sweeps must be >= 1 and dampings >= 0, got {self}")
 
     @property
     def rank(self) -> int:

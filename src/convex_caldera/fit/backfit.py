@@ -16,14 +16,17 @@ from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
-from convex_caldera.core.protocols import FittedTransform
+from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
 from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe, Step
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import NumericalError
 from convex_caldera.fit.coded_factors import fit_coded_factors
 from convex_caldera.fit.low_rank import fit_low_rank, metric_matrix
-from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest
+from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest, round_two_sided
 from convex_caldera.linalg.factor import block_unit_upper
+
+# Rows rounded together under a two-sided curvature: a trellis tile, and enough for one GEMM.
+TILE_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: 
     Cost: the sum of the steps' costs, per sweep; see fit.rounding and fit.low_rank.
     """
     hessian = damp(problem.hessian, recipe.damping)
-    inner, transforms = _enter(Problem(problem.W, hessian, layer), recipe, seed, layer, site)
+    output = problem.output and damp(problem.output, recipe.output_damping)
+    damped = Problem(problem.W, hessian, layer, output)
+    inner, transforms = _enter(damped, recipe, seed, layer, site)
     terms, trace = backfit(inner, recipe)
     compressed = CompressedLayer(tuple(problem.W.shape), terms, transforms)
     W_hat = compressed.decode()
@@ -95,11 +100,12 @@ def _enter(
     problem: Problem, recipe: Recipe, seed: int, layer: str, site: str
 ) -> tuple[Problem, tuple[FittedTransform, ...]]:
     """Change coordinates, outermost transform first."""
-    W, hessian, fitted = problem.W, problem.hessian, []
+    W, hessian, output, fitted = problem.W, problem.hessian, problem.output, []
     for transform in recipe.transforms:
         fitted.append(transform.fit(W, hessian, seed=seed, layer=layer, site=site))
         W, hessian = fitted[-1].apply(W), fitted[-1].apply_hessian(hessian)
-    return Problem(W, hessian, layer), tuple(fitted)
+        output = output and fitted[-1].apply_output(output)
+    return Problem(W, hessian, layer, output), tuple(fitted)
 
 
 def backfit(problem: Problem, recipe: Recipe) -> tuple[tuple[Term, ...], tuple[HalfStep, ...]]:
@@ -136,32 +142,42 @@ def fit_step(
         case Quantize():
             low_rank = [t for t in terms.values() if isinstance(t, LowRank) and t.rank]
             right = torch.cat([t.right_matrix() for t in low_rank]) if low_rank else None
-            return fit_coded(step, residual, problem.hessian, right)
+            return fit_coded(step, residual, problem, right)
         case FitLowRank():
-            return fit_factors(step, residual, problem.hessian, previous)
+            return fit_factors(step, residual, problem, previous)
 
 
-def fit_coded(step: Quantize, residual: Tensor, hessian: Hessian, right: Tensor | None) -> Coded:
-    """Round the residual; of several gains, the one with the least loss under the metric."""
+def fit_coded(step: Quantize, residual: Tensor, problem: Problem, right: Tensor | None) -> Coded:
+    """Round the residual; of several gains, the one with the least loss."""
+    hessian = problem.hessian
     H, U = _rounding_metric(step, hessian, right)
     importance = metric_matrix(hessian, "diagonal") if step.metric != "identity" else None
+    inner = Problem(residual, hessian, problem.name, problem.output)
     best: tuple[float, Coded, Tensor] | None = None
     for gain in step.gains:
         fitted = step.quantizer.fit(residual, importance=importance, gain=gain)
-        if U is None:
-            codes, W_hat = round_nearest(residual, fitted)
-        else:
-            codes, W_hat = round_ldlq(residual, fitted, U)
-        error = residual - W_hat
-        loss = float(((error @ H) * error).sum()) if H is not None else float((error**2).sum())
+        codes, W_hat = _round(residual, fitted, U, problem.output)
+        loss = inner.loss(W_hat, residual.dtype) if len(step.gains) > 1 else 0.0
         if best is None or loss < best[0]:
             best = (loss, Coded(codes, fitted), W_hat)
     assert best is not None  # Quantize has at least one gain
     coded, W_hat = best[1], best[2]
-    if step.sweeps and H is not None:
+    if step.sweeps and H is not None and problem.output is None:
         codes, _ = refine(residual, coded.codes, W_hat, coded.fitted, H, step.sweeps)
         coded = Coded(codes, coded.fitted)
     return coded
+
+
+def _round(
+    W: Tensor, fitted: FittedQuantizer, U: Tensor | None, output: Hessian | None
+) -> tuple[Tensor, Tensor]:
+    """Nearest without feedback, LDLQ with one side's, tile by tile with both."""
+    if U is None:
+        return round_nearest(W, fitted)
+    if output is None:
+        return round_ldlq(W, fitted, U)
+    rows = max(fitted.row_block, TILE_ROWS)
+    return round_two_sided(W, fitted, U, output.unit_upper(rows), rows)
 
 
 def _rounding_metric(
@@ -196,24 +212,23 @@ def downdated(hessian: Hessian, right: Tensor) -> Tensor:
 
 
 def fit_factors(
-    step: FitLowRank, residual: Tensor, hessian: Hessian, previous: Term | None
+    step: FitLowRank, residual: Tensor, problem: Problem, previous: Term | None
 ) -> LowRank:
     """Low-rank step: closed form, then coded if the recipe says so."""
+    hessian = problem.hessian
     start = previous.left_matrix() if isinstance(previous, LowRank) and step.rank else None
     H = metric_matrix(hessian, step.metric)
-    left, right = fit_low_rank(residual, H, step.rank, start=start)
+    output = problem.output.root.to(residual.dtype) if problem.output else None
+    left, right = fit_low_rank(residual, H, step.rank, start=start, output_root=output)
     if step.factors is None or step.rank == 0:
         return dense_factors(left, right)
-    block = step.factors.quantizer.block
     if step.metric == "full":
-        return fit_coded_factors(
-            residual, hessian.damped, hessian.unit_upper(block), left, right, step.factors
-        )
-    n = residual.shape[1]
-    diagonal = torch.ones(n, dtype=torch.float64) if H is None else H
-    eye = torch.eye(n, dtype=torch.float64, device=residual.device)
-    weight = torch.diag(diagonal.to(residual.device))
-    return fit_coded_factors(residual, weight, eye, left, right, step.factors)
+        metric, feedback = hessian.damped, hessian.unit_upper(step.factors.quantizer.block)
+    else:
+        diagonal = torch.ones(len(hessian), dtype=torch.float64) if H is None else H
+        metric, feedback = torch.diag(diagonal.to(residual.device)), None
+    O = problem.output.damped if problem.output else None
+    return fit_coded_factors(residual, metric, feedback, left, right, step.factors, O)
 
 
 def dense_factors(left: Tensor, right: Tensor) -> LowRank:

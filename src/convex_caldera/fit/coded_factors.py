@@ -31,19 +31,21 @@ GRAM_RIDGE = 1e-7
 def fit_coded_factors(
     A: Tensor,
     H: Tensor,
-    unit_upper: Tensor,
+    unit_upper: Tensor | None,
     left: Tensor,
     right: Tensor,
     coding: FactorCoding,
+    output: Tensor | None = None,
 ) -> LowRank:
     """Code a given factorization of A under H, alternating least squares and rounding.
 
     Args:
         A: the matrix (m, n) that left @ right approximates.
         H: metric (n, n), damped.
-        unit_upper: U of H = U D U^T in blocks of the factors' quantizer, for the feedback.
-        left, right: (m, r) orthonormal and (r, n), from `fit_low_rank`, r >= 1.
+        unit_upper: U of H = U D U^T in blocks of the factors' quantizer; None without feedback.
+        left, right: (m, r) and (r, n), from `fit_low_rank`, r >= 1.
         coding: quantizer, number of alternations, rounding rule.
+        output: O (m, m), damped, of a Kronecker curvature; the identity if absent.
 
     Returns:
         The best of all rounded pairs under H.
@@ -51,16 +53,18 @@ def fit_coded_factors(
     Cost: per alternation two r x r solves, m n r and n^2 r multiply-adds, two roundings.
     """
     H = H.to(A.dtype)
+    O = None if output is None else output.to(A.dtype)
     left, right = _balance(left, right, H) if coding.balanced else (left, right)
     AH = A @ H
     best: tuple[float, LowRank] | None = None
     for _ in range(coding.iterations):
         gram = right @ H @ right.T
         coded_left, left = _code_left(_solve(gram, right @ AH.T).T, gram, coding)
-        solution = _solve(left.T @ left, left.T @ A)
+        weighted = left if O is None else O @ left
+        solution = _solve(left.T @ weighted, weighted.T @ A)
         coded_right, right = _code_right(solution, unit_upper, coding)
         error = A - left @ right
-        loss = float(((error @ H) * error).sum())
+        loss = float(((error @ H) * (error if O is None else O @ error)).sum())
         if best is None or loss < best[0]:
             best = (loss, LowRank(coded_left, coded_right))
     assert best is not None  # iterations >= 1 by construction of FactorCoding
@@ -85,9 +89,9 @@ def _solve(gram: Tensor, rhs: Tensor) -> Tensor:
     return torch.cholesky_solve(rhs.double(), torch.linalg.cholesky(G)).to(gram.dtype)
 
 
-def _code_right(R: Tensor, unit_upper: Tensor, coding: FactorCoding) -> tuple[Coded, Tensor]:
+def _code_right(R: Tensor, unit_upper: Tensor | None, coding: FactorCoding) -> tuple[Coded, Tensor]:
     fitted = coding.quantizer.fit(R)
-    if coding.feedback:
+    if coding.feedback and unit_upper is not None:
         codes, values = round_ldlq(R, fitted, unit_upper)
     else:
         codes, values = round_nearest(R, fitted)

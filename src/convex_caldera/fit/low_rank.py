@@ -9,6 +9,7 @@ singular values dropped (Eckart-Young).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
@@ -33,7 +34,11 @@ def metric_matrix(hessian: Hessian, metric: Metric) -> Tensor | None:
 
 
 def fit_low_rank(
-    A: Tensor, H: Tensor | None, rank: int, start: Tensor | None = None
+    A: Tensor,
+    H: Tensor | None,
+    rank: int,
+    start: Tensor | None = None,
+    output_root: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Factors left (m, rank), orthonormal columns, and right (rank, n) of the best X.
 
@@ -42,6 +47,8 @@ def fit_low_rank(
         H: None, (n,) or (n, n), from `metric_matrix`.
         rank: 0 <= rank <= min(m, n).
         start: (m, rank) guess for the left factor (warm start of the subspace iteration).
+        output_root: lower triangular M (m, m) with M M^T = O, for tr(O (A - X) H (A - X)^T):
+            then X solves the problem for M^T A and left is not orthonormal.
 
     Raises:
         RecipeError: rank out of range.
@@ -51,5 +58,10 @@ def fit_low_rank(
     """
     if not 0 <= rank <= min(A.shape):
         raise RecipeError(f"rank {rank} is out of range for a {tuple(A.shape)} matrix")
-    left = top_left_singular(A, H, rank, start=start)
-    return left, left.T @ A
+    if output_root is None:
+        left = top_left_singular(A, H, rank, start=start)
+        return left, left.T @ A
+    turned = output_root.T @ A
+    start = None if start is None else output_root.T @ start
+    left = top_left_singular(turned, H, rank, start=start)
+    return torch.linalg.solve_triangular(output_root.T, left, upper=True), left.T @ turned

@@ -57,6 +57,45 @@ def round_ldlq(W: Tensor, fitted: FittedQuantizer, unit_upper: Tensor) -> tuple[
     return torch.cat(codes, dim=1), W - error
 
 
+def round_two_sided(
+    W: Tensor, fitted: FittedQuantizer, unit_upper: Tensor, output_upper: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and values of W under a Kronecker curvature O (x) H, tile by tile.
+
+    With O = P C P^T and H = U D U^T (unit upper, blocks of `rows` and d), the loss is
+    sum_IJ tr(C_I e_IJ D_J e_IJ^T), e = P^T (W - W^) U, so tile (I, J) is rounded towards W_IJ
+    plus the feedback of all tiles above and to the left: with P = I this is LDLQ.
+
+    Args:
+        W: the target (m, n).
+        fitted: quantizer with block d; its row_block divides `rows`.
+        unit_upper: U (n, n), identity d x d diagonal blocks.
+        output_upper: P (m, m), identity rows x rows diagonal blocks.
+        rows: height of a tile.
+
+    Source: Tseng et al., YAQA, arXiv 2505.22988, who feed back both sides at once; by column
+    blocks first, the left side is one product per block. Cost: m n (m + n) multiply-adds and
+    (m / rows) (n / d) small encodings.
+    """
+    U, P = unit_upper.to(W.dtype), output_upper.to(W.dtype)
+    (m, n), d = W.shape, fitted.quantizer.block
+    parts = [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
+    fitted_rows = [fitted.take_rows(part) for part in parts]
+    error, codes = torch.empty_like(W), []
+    for j in range(0, n, d):
+        cols = slice(j, min(j + d, n))
+        left = error[:, :j] @ U[:j, cols]
+        carried = torch.empty_like(left)  # rows of P^T-feedback: (E U)_J of the tiles done
+        column = []
+        for part, sub in zip(parts, fitted_rows, strict=True):
+            goal = W[part, cols] + left[part] + P[: part.start, part].T @ carried[: part.start]
+            column.append(sub.encode(goal, j))
+            error[part, cols] = W[part, cols] - sub.decode(column[-1], j).to(W.dtype)
+            carried[part] = left[part] + error[part, cols]
+        codes.append(torch.cat(column))
+    return torch.cat(codes, dim=1), W - error
+
+
 def refine(
     W: Tensor, codes: Tensor, W_hat: Tensor, fitted: FittedQuantizer, H: Tensor, sweeps: int
 ) -> tuple[Tensor, Tensor]:

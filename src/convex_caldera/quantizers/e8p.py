@@ -82,6 +82,11 @@ class E8P:
             )
         return FittedE8P(self, (W.shape[0], W.shape[1]), scale.reshape(1))
 
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """One float32 scale, and 8 * bits bits for every 8 columns begun."""
+        codes = shape[0] * -(-shape[1] // self.block) * self.bits
+        return {"scale": (torch.float32, (1,)), "codes": (torch.uint8, (codes,))}
+
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedE8P:
         """From `FittedE8P.tensors()`; FormatError if it is not one positive float32 scale."""
         scale = checked_tensor(tensors, "scale", (1,), torch.float32)

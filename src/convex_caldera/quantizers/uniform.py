@@ -112,6 +112,17 @@ class Uniform:
             None if self.symmetric else zero_points,
         )
 
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Scales, zero points of affine grids packed in `bits` bits, and packed codes."""
+        grid = Groups(shape, self.group_size).grid
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "scales": (SCALE_DTYPES[self.scale_dtype], grid),
+            "codes": (torch.uint8, (packed_bytes(shape[0] * shape[1], self.bits),)),
+        }
+        if not self.symmetric:
+            layout["zero_points"] = (torch.uint8, (packed_bytes(grid[0] * grid[1], self.bits),))
+        return layout
+
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedUniform:
         """From `FittedUniform.tensors()`; FormatError if shapes, types or lengths differ."""
         grid = Groups(shape, self.group_size).grid

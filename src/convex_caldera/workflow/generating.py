@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from convex_caldera.evaluate.generate import generate
+from convex_caldera.evaluate.generation import generate
 from convex_caldera.models.tokenizer import load_tokenizer
 from convex_caldera.workflow.models import open_model
 
@@ -21,7 +21,7 @@ def generate_text(
     device: str = "cpu",
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The text that the model puts after the prompt; see `evaluate.generate.generate`."""
+    """The text that the model puts after the prompt; see `evaluate.generation.generate`."""
     model = open_model(name)
     return generate(
         model.load(device),

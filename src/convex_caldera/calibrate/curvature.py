@@ -1,0 +1,153 @@
+"""Kronecker curvature of the model's own loss, from gradients of whole sequences.
+
+Labels are drawn from the model's own distribution; G_s is the gradient of sequence s's summed
+log-likelihood with respect to W. For any error E the Fisher matrix, which is the Hessian of
+KL(original || changed), predicts
+
+    KL per token  ~  1/2 mean_s <E, G_s>^2 / T  ~  tr(O E H E^T),
+    H = mean_s G_s^T G_s / (2 T m),   O = m mean_s G_s G_s^T / t,   t = mean_s |G_s|^2,
+
+in nats, T tokens a sequence. O has mean diagonal one, so that with O = I the second form is the
+expectation of the first over errors with independent rows. One pass from identity start of the
+nearest Kronecker product, as Tseng et al., YAQA, arXiv 2505.22988, sketch B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convex_caldera.core.hessian import Hessian
+from convex_caldera.core.seeds import generator
+from convex_caldera.errors import NumericalError
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Both sides of one layer's curvature: `input` (n, n) in nats, `output` (m, m) of mean one."""
+
+    input: Tensor
+    output: Tensor
+    sequences: int
+
+    def hessians(self, name: str, damping: float = 0.01) -> tuple[Hessian, Hessian]:
+        """H and O as the fits take them."""
+        return (
+            Hessian(self.input, damping, f"{name} (input curvature)"),
+            Hessian(self.output, damping, f"{name} (output curvature)"),
+        )
+
+
+def sequence_curvature(
+    model: nn.Module,
+    tokens: Tensor,
+    layers: Collection[str],
+    *,
+    seed: int,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Curvature]:
+    """Curvature of the named linear layers.
+
+    Args:
+        model: a causal language model with all its weights, float32.
+        tokens: (sequences, T) token ids.
+        layers: full names of nn.Linear modules.
+        seed: of the labels drawn.
+        progress: called with (sequences done, in all).
+
+    Raises:
+        NumericalError: a gradient is NaN or infinite; names the layer.
+
+    Cost: one forward and backward pass, and m n (T + m + n) multiply-adds in bfloat16 a layer
+    and sequence; memory m^2 + n^2 float32 a layer beside the model.
+    """
+    sums = {name: _Sums(model.get_submodule(name), name) for name in layers}
+    draw = generator(seed, "labels", "curvature")
+    done, total = 0, len(tokens)
+    with _frozen(model), _watched(sums):
+        for batch in tokens.split(batch_size):
+            _backward(model, batch, draw)
+            for layer in sums.values():
+                layer.add()
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+    return {name: layer.finish(total, tokens.shape[1]) for name, layer in sums.items()}
+
+
+def _backward(model: nn.Module, batch: Tensor, draw: torch.Generator) -> None:
+    """Gradient of the summed negative log-likelihood of labels drawn from the model itself."""
+    embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()  # type: ignore[operator]
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
+    chances = logits.detach().softmax(-1).flatten(0, 1)
+    labels = torch.multinomial(chances, 1, generator=draw).squeeze(1)
+    nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
+
+
+class _Sums:
+    """Running sums for one layer: x is kept on the way forward, dy on the way back."""
+
+    def __init__(self, linear: Any, name: str):
+        self.name = name
+        self.linear = linear
+        m, n = linear.weight.shape
+        self.input = torch.zeros(n, n)
+        self.output = torch.zeros(m, m)
+        self.energy = 0.0
+        self.x: Tensor | None = None
+        self.dy: Tensor | None = None
+
+    def forward_hook(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        self.x = args[0].detach()
+        y.register_hook(self._keep)
+
+    def _keep(self, dy: Tensor) -> None:
+        self.dy = dy.detach()
+
+    def add(self) -> None:
+        """G_s = dy_s^T x_s for every sequence of the batch, and its two second moments."""
+        if self.x is None or self.dy is None:
+            raise NumericalError(f"{self.name} received no gradient; it does not reach the output")
+        for x, dy in zip(self.x.flatten(1, -2), self.dy.flatten(1, -2), strict=True):
+            G = dy.T.bfloat16() @ x.bfloat16()
+            self.input += (G.T @ G).float()
+            self.output += (G @ G.T).float()
+            self.energy += float(G.float().square().sum())
+        self.x = self.dy = None
+        if not self.energy < float("inf"):
+            raise NumericalError(f"{self.name}: a gradient is NaN or infinite; check the weights")
+
+    def finish(self, sequences: int, length: int) -> Curvature:
+        m = len(self.output)
+        energy = self.energy if self.energy > 0 else 1.0
+        H = self.input.double() / (sequences * 2 * length * m)
+        return Curvature(H, self.output.double() * (m / energy), sequences)
+
+
+@contextmanager
+def _watched(sums: dict[str, _Sums]) -> Iterator[None]:
+    handles = [s.linear.register_forward_hook(s.forward_hook) for s in sums.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Only activations carry gradients inside; flags are given back."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
