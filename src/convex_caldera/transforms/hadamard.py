@@ -30,7 +30,7 @@ from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.seeds import random_signs
 from convex_caldera.errors import FormatError, RecipeError
 from convex_caldera.linalg.hadamard import rotate
-from convex_caldera.transforms.stored import check_fields, check_shape, check_vector
+from convex_caldera.transforms.stored import Layout, check_shape, check_stored
 
 # Negative diagonal entries of A H A^T up to this share of the greatest are rounding of zeros.
 ROUNDING = 1e-12
@@ -52,12 +52,6 @@ class RandomizedHadamard:
         if not (self.inputs or self.outputs):
             raise RecipeError("hadamard: rotate inputs, outputs or both; leave it out for neither")
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Names of the stored tensors."""
-        sides = (("input_signs", self.inputs), ("output_signs", self.outputs))
-        return tuple(name for name, wanted in sides if wanted)
-
     def fit(
         self, W: Tensor, hessian: Hessian, *, seed: int, layer: str, site: str
     ) -> FittedHadamard:
@@ -68,12 +62,22 @@ class RandomizedHadamard:
         of_outputs = random_signs(m, seed, layer, "output_signs") if self.outputs else None
         return FittedHadamard(self, (m, n), of_inputs, of_outputs)
 
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """One bit a channel of each rotated side."""
+        sizes = {"input_signs": (shape[1], self.inputs), "output_signs": (shape[0], self.outputs)}
+        return {
+            name: (torch.uint8, (packed_size(size),))
+            for name, (size, wanted) in sizes.items()
+            if wanted
+        }
+
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedHadamard:
         """Rebuild from the stored bits; raises FormatError if they do not fit the shape."""
-        check_fields(self.kind, tensors, self.fields)
-        sizes = {"input_signs": shape[1], "output_signs": shape[0]}
-        signs = {name: unpack_signs(name, tensors[name], sizes[name]) for name in self.fields}
-        return FittedHadamard(self, shape, signs.get("input_signs"), signs.get("output_signs"))
+        check_stored(self.kind, tensors, self.layout(shape))
+        m, n = shape
+        of_inputs = unpack_signs(tensors["input_signs"], n) if self.inputs else None
+        of_outputs = unpack_signs(tensors["output_signs"], m) if self.outputs else None
+        return FittedHadamard(self, (m, n), of_inputs, of_outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +106,12 @@ class FittedHadamard:
     def apply_hessian(self, hessian: Hessian) -> Hessian:
         """A H A^T, made once per H and signs; damping and name stay, statistics are dropped."""
         check_shape(self.transform.kind, (len(hessian),), self.shape[1:])
-        if self.input_signs is None:
-            return hessian
-        key = (self.transform.kind, pack_signs(self.input_signs).numpy().tobytes())
-        rotated: Hessian = hessian.memo(key, lambda: self._rotate_hessian(hessian))
-        return rotated
+        return _rotate_hessian(hessian, self.input_signs)
 
-    def _rotate_hessian(self, hessian: Hessian) -> Hessian:
-        H = self.inputs(self.inputs(hessian.matrix).T)
-        diagonal = H.diagonal()
-        diagonal[(diagonal < 0) & (diagonal > -ROUNDING * diagonal.max())] = 0.0
-        return Hessian(H, hessian.damping, hessian.name)
+    def apply_output(self, output: Hessian) -> Hessian:
+        """B O B^T, likewise."""
+        check_shape(self.transform.kind, (len(output),), self.shape[:1])
+        return _rotate_hessian(output, self.output_signs)
 
     def inputs(self, x: Tensor) -> Tensor:
         """A x along the last axis (..., n)."""
@@ -128,24 +127,43 @@ class FittedHadamard:
         return {name: pack_signs(signs) for name, signs in sides.items() if signs is not None}
 
 
+def packed_size(size: int) -> int:
+    """Bytes of `size` signs."""
+    return (size + 7) // 8
+
+
 def pack_signs(signs: Tensor) -> Tensor:
-    """Signs (n,) as uint8 (ceil(n / 8),): channel i is bit i % 8, least significant first, of
+    """Signs (n,) as uint8 (ceil(n / 8),), a set bit for -1.
 
-    byte i // 8; 1 means -1; bits beyond n are 0.
+    Channel i is bit i % 8, counted from the least significant, of byte i // 8. Bits beyond n
+    are 0.
     """
-    bits = torch.zeros(-(-len(signs) // 8) * 8, dtype=torch.uint8)
+    bits = torch.zeros(8 * packed_size(len(signs)), dtype=torch.uint8)
     bits[: len(signs)] = signs.cpu() < 0
-    place = 2 ** torch.arange(8)
-    return (bits.reshape(-1, 8) * place).sum(1).to(torch.uint8)
+    return (bits.reshape(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
-def unpack_signs(name: str, packed: Tensor, size: int) -> Tensor:
-    """Inverse of `pack_signs`, float32; raises FormatError on a wrong length or stray bits."""
-    check_vector("hadamard", name, packed, -(-size // 8), torch.uint8)
+def unpack_signs(packed: Tensor, size: int) -> Tensor:
+    """Inverse of `pack_signs`, float32 (size,); raises FormatError if bits beyond it are set."""
     bits = ((packed.cpu()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
     if bits[size:].any():
-        raise FormatError(f"hadamard transform: {name} has bits set beyond its {size} channels")
+        raise FormatError(f"hadamard transform: signs set beyond the {size} channels; damaged file")
     return 1.0 - 2.0 * bits[:size].float()
+
+
+def _rotate_hessian(hessian: Hessian, signs: Tensor | None) -> Hessian:
+    """R H R^T for R = T diag(signs), once per H and signs; the same object if there are none."""
+    if signs is None:
+        return hessian
+
+    def make() -> Hessian:
+        H = _forward(_forward(hessian.matrix, signs).T, signs)
+        diagonal = H.diagonal()
+        diagonal[(diagonal < 0) & (diagonal > -ROUNDING * diagonal.max())] = 0.0
+        return Hessian(H, hessian.damping, hessian.name)
+
+    rotated: Hessian = hessian.memo(("hadamard", pack_signs(signs).numpy().tobytes()), make)
+    return rotated
 
 
 def _forward(x: Tensor, signs: Tensor | None) -> Tensor:
