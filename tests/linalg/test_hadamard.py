@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convex_caldera.errors import ShapeError
+from convex_caldera.linalg import hadamard
 from convex_caldera.linalg.hadamard import (
     base_matrix,
     base_order,
@@ -16,6 +17,7 @@ from convex_caldera.linalg.hadamard import (
     rotate,
     sylvester,
 )
+from tests.oracles import paley as oracle
 
 # Widths of published models that other packages refuse, small odd ones, and the rule's choice.
 CHOICES = {
@@ -90,6 +92,16 @@ def test_first_paley_matrices_by_hand() -> None:
     assert paley2(5)[2].tolist() == [1, 1, 1, -1, 1, 1, -1, -1, -1, -1, 1, 1]
 
 
+@pytest.mark.parametrize(("r", "k"), [(3, 1), (7, 1), (43, 1), (3, 3), (7, 3)])
+def test_paley1_equals_the_literal_rule(r: int, k: int) -> None:
+    assert paley1(r**k).tolist() == oracle.paley1(r, k)
+
+
+@pytest.mark.parametrize(("r", "k"), [(5, 1), (17, 1), (3, 2), (5, 2), (7, 2), (3, 4), (5, 3)])
+def test_paley2_equals_the_literal_rule(r: int, k: int) -> None:
+    assert paley2(r**k).tolist() == oracle.paley2(r, k)
+
+
 def test_field_of_nine_is_pinned() -> None:
     # x^2 + 1 is the first irreducible over GF(3): x^2 = 2, (1+x)^2 = 2x, (1+2x)^2 = x, so the
     # squares are 1, 2, x, 2x, that is elements 1, 2, 3 and 6.
@@ -143,8 +155,10 @@ def test_rotate_keeps_dtype_and_argument(dtype: torch.dtype) -> None:
 
 
 def test_rotate_is_differentiable_even_if_first_used_in_inference() -> None:
+    hadamard._base_tensor.cache_clear()
+    hadamard._sylvester_tensor.cache_clear()
     with torch.inference_mode():
-        rotate(torch.ones(44))
+        rotate(torch.ones(44, dtype=torch.float64))
     x = torch.randn(2, 44, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(rotate, (x,))
 
