@@ -19,7 +19,7 @@ import tomllib
 import types
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from convex_caldera import quantizers, transforms
 from convex_caldera.core.protocols import Quantizer, Transform
@@ -152,7 +152,7 @@ def _read(value: Any, hint: Any, where: str) -> Any:
     if hint is Transform:
         return _build(value, transforms.TABLE, where)
     if dataclasses.is_dataclass(hint):
-        return _build(value, {_kind(hint): hint}, where)  # type: ignore[arg-type]
+        return _build(value, {_kind(cast(type, hint)): cast(type, hint)}, where)
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
@@ -162,9 +162,10 @@ def _read(value: Any, hint: Any, where: str) -> Any:
 
 def _read_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
     present = [hint for hint in hints if hint is not type(None)]
-    classes = {_kind(hint): hint for hint in present if dataclasses.is_dataclass(hint)}
+    named = [cast(type, hint) for hint in present if dataclasses.is_dataclass(hint)]
+    classes = {_kind(cls): cls for cls in named}
     if len(classes) == len(present) > 1:
-        return _build(value, classes, where)  # type: ignore[arg-type]
+        return _build(value, classes, where)
     exact = [hint for hint in present if hint is type(value)]
     return _read(value, (exact or present)[0], where)
 

@@ -43,6 +43,9 @@ class CompressedLinear(nn.Module):
         device: of all tensors; "meta" for a skeleton that is filled later.
     """
 
+    packed: Tensor
+    anchor: nn.Parameter
+
     def __init__(
         self,
         spec: Spec,
@@ -59,8 +62,10 @@ class CompressedLinear(nn.Module):
             else:
                 values = torch.empty(shape, dtype=dtype or stored, device=device)
                 self.register_parameter(name, nn.Parameter(values))
-        values = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
-        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            zeros = torch.empty(self.out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(zeros)
         if not list(self.parameters()):
             # PEFT asks every layer it wraps for one parameter, to learn its device.
             anchor = torch.empty(0, dtype=dtype, device="cpu")

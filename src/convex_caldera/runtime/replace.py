@@ -44,8 +44,8 @@ def replace_linears(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Co
         new = CompressedLinear(
             spec,
             bias=getattr(old, "bias", None) is not None,
-            dtype=old.weight.dtype,  # type: ignore[arg-type]
-            device=old.weight.device,  # type: ignore[arg-type]
+            dtype=old.weight.dtype,
+            device=old.weight.device,
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)

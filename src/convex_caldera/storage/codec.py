@@ -209,7 +209,7 @@ def stored_terms(
         if item["kind"] == "coded":
             terms.append(_stored_coded(item, shape, parts["terms", i]))
             continue
-        sides = []
+        sides: list[StoredCoded | Dense] = []
         for side, width in (("left", shape[0]), ("right", shape[1])):
             if item[side]["kind"] == "dense":
                 field = f"{side}_{i}"

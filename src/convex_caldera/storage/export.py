@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from convex_caldera.errors import NumericalError, RecipeError
-from convex_caldera.storage.files import file_chunks, require_free_space, write_atomically
+from convex_caldera.storage.files import Bytes, file_chunks, require_free_space, write_atomically
 from convex_caldera.storage.layers import MAX_SHARD_BYTES
 from convex_caldera.storage.read import Container, open_container
 from convex_caldera.storage.shard import NAMES, TensorInfo, read_raw, tensor_bytes, write_shard
@@ -81,7 +81,7 @@ def _write_weights(
         groups[-1].append(info)
     weight_map = {}
 
-    def data(info: TensorInfo) -> bytes | memoryview | bytearray:
+    def data(info: TensorInfo) -> Bytes:
         if info.name in container.rest:
             return read_raw(container.rest[info.name], info.name)
         weight = container.layer(info.name.removesuffix(".weight")).decode().to(dtype)

@@ -16,12 +16,14 @@ from pathlib import Path, PurePosixPath
 
 from convex_caldera.errors import FormatError, InterruptedRunError
 
+Bytes = bytes | bytearray | memoryview
+
 TEMPORARY = ".tmp"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK = 1 << 20
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+def write_atomically(path: Path, chunks: Iterable[Bytes]) -> str:
     """Write `chunks` to `path` in one step; returns the SHA-256 of what was written.
 
     Raises:

@@ -134,7 +134,8 @@ def open_container(directory: Path | str, verify: bool = True) -> Container:
     _check_layers(layers, rest)
     for name in ("report.json", "provenance.json"):
         _json(path, f"{FOLDER}/{name}")
-    _toml(path, f"{FOLDER}/recipe.toml")
+    if not _toml(path, f"{FOLDER}/recipe.toml"):
+        raise FormatError(f"{FOLDER}/recipe.toml: is empty")
     return Container(path, config, layers, rest)
 
 

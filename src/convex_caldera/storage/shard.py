@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import FormatError
-from convex_caldera.storage.files import write_atomically
+from convex_caldera.storage.files import Bytes, write_atomically
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -120,14 +120,14 @@ def write_shard(
     path: Path,
     infos: list[TensorInfo],
     metadata: Mapping[str, str],
-    data: Callable[[TensorInfo], bytes | memoryview],
+    data: Callable[[TensorInfo], Bytes],
 ) -> str:
     """Write one file atomically, asking `data` for each tensor's bytes in turn.
 
     Returns the SHA-256 of the file. Raises InterruptedRunError if the disk is full.
     """
 
-    def chunks() -> Iterator[bytes | memoryview]:
+    def chunks() -> Iterator[Bytes]:
         yield header_bytes(infos, metadata)
         for info in infos:
             raw = data(info)
@@ -141,7 +141,7 @@ def write_shard(
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, row-major."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data
 
 
 # --- reading --------------------------------------------------------------------------------

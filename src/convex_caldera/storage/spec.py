@@ -12,7 +12,7 @@ docs/format.md is normative.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,10 @@ PACKED = "packed"
 CODES = "codes"
 MAX_FEATURES = 1 << 31
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TABLES = {"quantizer": quantizers.TABLE, "transform": transforms.TABLE}
+TABLES: dict[str, Mapping[str, type]] = {
+    "quantizer": quantizers.TABLE,
+    "transform": transforms.TABLE,
+}
 
 
 @dataclass(frozen=True)

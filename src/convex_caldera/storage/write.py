@@ -79,10 +79,36 @@ def assemble(
     names = sorted(set(layers))
     plans = plan_shards([_entry(run, source, name) for name in names], max_shard_bytes)
     rest = source.rest(names)
-    rest_groups = _group(rest, max_shard_bytes)
     sides = source.side_files()
     require_free_space(run.out, _needed_bytes(plans, rest, sides.values()))
 
+    files, weight_map = _write_weights(run, source, plans, _group(rest, max_shard_bytes))
+    total = sum(info.num_bytes for plan in plans for info in plan.infos)
+    total += sum(info.num_bytes for info in rest)
+    texts = {
+        INDEX: _json({"metadata": {"total_size": total}, "weight_map": weight_map}),
+        "config.json": config_with_quantization(source.config_text, source.config),
+        "README.md": model_card(card, _sizes(run, names, files, rest)),
+        f"{FOLDER}/recipe.toml": to_toml(recipe),
+        f"{FOLDER}/report.json": _json(report),
+        f"{FOLDER}/provenance.json": _json(provenance),
+    }
+    files.update(_write_others(run.out, texts, sides))
+    _remove_strays(run.out, files)
+    write_manifest(run.out, files)
+    container = open_container(run.out)
+    _audit(container, names, rest)
+    run.discard()
+    return container
+
+
+def _write_weights(
+    run: PartialRun,
+    source: SourceModel,
+    plans: list[ShardPlan],
+    rest_groups: list[list[TensorInfo]],
+) -> tuple[Files, dict[str, str]]:
+    """All shards; their hashes and sizes, and which file holds which tensor."""
     files: Files = {}
     weight_map: dict[str, str] = {}
     for file, plan in _numbered("compressed", plans):
@@ -94,30 +120,20 @@ def assemble(
         digest = write_shard(path, infos, {"format": "pt"}, lambda info: source.raw(info.name))
         files[file] = {"sha256": digest, "size": path.stat().st_size}
         weight_map.update({info.name: file for info in infos})
-    total = sum(info.num_bytes for plan in plans for info in plan.infos)
-    total += sum(info.num_bytes for info in rest)
-    sizes = _sizes(run, names, files, rest)
-    texts = {
-        INDEX: _json({"metadata": {"total_size": total}, "weight_map": weight_map}),
-        "config.json": config_with_quantization(source.config_text, source.config),
-        "README.md": model_card(card, sizes),
-        f"{FOLDER}/recipe.toml": to_toml(recipe),
-        f"{FOLDER}/report.json": _json(report),
-        f"{FOLDER}/provenance.json": _json(provenance),
-    }
-    chunks = {name: [text.encode()] for name, text in texts.items()}
-    chunks.update({name: file_chunks(path) for name, path in sides.items() if name not in texts})
+    return files, weight_map
+
+
+def _write_others(out: Path, texts: Mapping[str, str], sides: Mapping[str, Path]) -> Files:
+    """Texts of our own, and the original's side files byte for byte."""
+    chunks: dict[str, Iterable[bytes]] = {n: file_chunks(path) for n, path in sides.items()}
+    chunks.update({name: [text.encode()] for name, text in texts.items()})
+    files: Files = {}
     for name, content in chunks.items():
-        path = run.out / name
+        path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = write_atomically(path, content)
         files[name] = {"sha256": digest, "size": path.stat().st_size}
-    _remove_strays(run.out, files)
-    write_manifest(run.out, files)
-    container = open_container(run.out)
-    _audit(container, names, rest)
-    run.discard()
-    return container
+    return files
 
 
 def rest_file_bytes(

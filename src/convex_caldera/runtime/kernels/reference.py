@@ -8,6 +8,7 @@ slice's bytes are unpacked; for others the codes are unpacked once per call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ SLICE_VALUES = 1 << 18
 ROW_STEP = 16
 
 # Bits per row in each consecutive plane of the packed codes, row-major within a plane.
-PLANES: dict[str, Callable[[FittedQuantizer], tuple[int, ...]]] = {
+PLANES: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "uniform": lambda f: (f.shape[1] * f.quantizer.bits,),
     "normal_float": lambda f: (f.shape[1] * f.quantizer.bits,),
     "e8p": lambda f: tuple(
