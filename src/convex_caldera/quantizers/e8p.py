@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError
-from convex_caldera.quantizers import e8p_points
+from convex_caldera.quantizers import e8p_search
 from convex_caldera.quantizers.groups import (
     check_columns,
     check_finite,
@@ -34,6 +34,7 @@ from convex_caldera.quantizers.groups import (
 # tests/quantizers/test_e8p.py for the figures.
 _CODEBOOK_SCALES = {2: (1.03, 1.0), 3: (0.98, 2.04), 4: (1.03, 3.45)}
 _JOINT_SCALES = {2: (1.03, 1.0), 3: (0.98, 2.04), 4: (0.90, 3.7)}
+_SECOND = {2: None, 3: e8p_search.BALL_STAGE, 4: e8p_search.E8P_STAGE}
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,23 @@ class E8P:
     Args:
         bits: per weight; a code of 8 weights has 8 * bits bits.
         joint_scale: scales tuned for both stages together; False gives those of QuIP#'s code.
+        neighbors: how hard two stages search, 0 .. 7 (see `e8p_search`); decoding is the same.
 
     Raises:
-        RecipeError: other bits.
+        RecipeError: other bits or neighbors.
     """
 
     bits: int
     joint_scale: bool = True
+    neighbors: int = 1
 
     kind: ClassVar[str] = "e8p"
 
     def __post_init__(self) -> None:
         if self.bits not in _JOINT_SCALES:
             raise RecipeError(f"E8P has 2, 3 or 4 bits, got {self.bits}")
+        if not 0 <= self.neighbors <= 7:
+            raise RecipeError(f"E8P tries 0 to 7 neighbors, got {self.neighbors}")
 
     @property
     def block(self) -> int:
@@ -111,17 +116,27 @@ class FittedE8P:
     def row_block(self) -> int:
         return 1
 
+    @property
+    def position_free(self) -> bool:
+        return True
+
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Codes (m, ceil(d / 8)) of columns start .. start + d; each stage exactly nearest."""
         check_columns(x, self.shape, start, 8)
         check_finite(x, "the matrix to encode")
         padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 8))
         y = (padded / self._divisor(x.device)).reshape(-1, 8)
-        return self._encode_points(y).view(x.shape[0], -1)
+        return self._points(y).view(x.shape[0], -1)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         """Values (m, d), float32: float32(scale * float32(q1 + float32(q2 / rho)))."""
-        points = self._decode_points(codes.reshape(-1)).view(codes.shape[0], -1)
+        second, rho = _SECOND[self.quantizer.bits], self.quantizer.scales[1]
+        flat = codes.reshape(-1)
+        if second is None:
+            points = e8p_search.decode_e8p(flat)
+        else:
+            points = e8p_search.decode_pairs(flat, second, rho)
+        points = points.view(codes.shape[0], -1)
         width = min(points.shape[1], self.shape[1] - start)
         return points[:, :width] * self.scale.to(points.device)
 
@@ -157,40 +172,12 @@ class FittedE8P:
         scale = self.scale.to(device)
         return torch.where(scale > 0, scale, torch.inf)
 
-    def _encode_points(self, y: Tensor) -> Tensor:
-        first = _nearest_e8p(y)
-        bits, rho = self.quantizer.bits, self.quantizer.scales[1]
-        if bits == 2:
-            return first
-        left = (y - _decode_e8p(first)) * rho
-        second = e8p_points.nearest_ball(left) if bits == 3 else _nearest_e8p(left)
-        return first << 8 * (bits - 2) | second
-
-    def _decode_points(self, codes: Tensor) -> Tensor:
-        bits, rho = self.quantizer.bits, self.quantizer.scales[1]
-        if bits == 2:
-            return _decode_e8p(codes)
-        decode = e8p_points.decode_ball if bits == 3 else _decode_e8p
-        first, second = codes >> 8 * (bits - 2), codes & ((1 << 8 * (bits - 2)) - 1)
-        return _decode_e8p(first) + decode(second) * (1.0 / rho)
-
-
-def _nearest_e8p(y: Tensor) -> Tensor:
-    """(N, 8) -> (N,): the compiled kernel on the CPU, plain torch elsewhere."""
-    if y.device.type != "cpu":
-        return e8p_points.nearest_e8p(y)
-    from convex_caldera.quantizers import e8p_kernels
-
-    return torch.from_numpy(e8p_kernels.encode(y.contiguous().numpy()))
-
-
-def _decode_e8p(codes: Tensor) -> Tensor:
-    """(N,) -> (N, 8), float32."""
-    if codes.device.type != "cpu":
-        return e8p_points.decode_e8p(codes)
-    from convex_caldera.quantizers import e8p_kernels
-
-    return torch.from_numpy(e8p_kernels.decode(codes.contiguous().numpy()))
+    def _points(self, y: Tensor) -> Tensor:
+        """Codes (N,) of y (N, 8) in units of the grid."""
+        second, rho = _SECOND[self.quantizer.bits], self.quantizer.scales[1]
+        if second is None:
+            return e8p_search.nearest_e8p(y)
+        return e8p_search.nearest_pairs(y, second, rho, self.quantizer.neighbors)
 
 
 def _to_bytes(codes: Tensor, width: int) -> Tensor:

@@ -11,10 +11,11 @@ the least a, where it costs 2 a_8. With G_k = sum_{j <= k} 2 (a_j - 1) the gains
     4 a_1 - 6 + 2 (a_2 - 1)                    odd sum
 
 less 2 a_8 where the parity is wrong: seven candidates in place of 227. Only 29 rows of squared
-norm 12 exist (five 3/2, odd sum), so they are searched, and only if G_5 could still win.
+norm 12 exist (five 3/2, odd sum), so they are searched, and only where G_5 could still win.
 
-Arithmetic is float64, so ties aside the result is the exact nearest point; `e8p_points` is the
-oracle. Kernels release the GIL; callers own the threads.
+Vectors are taken `_LANES` at a time, coordinates first, so that the compiler vectorizes over
+them. Arithmetic is float32: results are nearest up to its rounding. `e8p_points` is the oracle.
+Kernels release the GIL; callers own the threads.
 """
 
 from __future__ import annotations
@@ -27,10 +28,7 @@ from numpy.typing import NDArray
 
 from convex_caldera.quantizers import e8p_points
 
-Floats = NDArray[np.float32]
-Codes = NDArray[np.int64]
-Table = NDArray[np.int64]
-
+_LANES = 128
 # Batcher's odd-even merge sort of eight keys
 _NETWORK = np.array(
     [(0, 1), (2, 3), (4, 5), (6, 7), (0, 2), (1, 3), (4, 6), (5, 7), (1, 2), (5, 6)]
@@ -45,10 +43,12 @@ _SIGN_BYTE = np.array(
         for mask in range(256)
     ]
 )
+_ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
+_TWO, _SIX = np.float32(2), np.float32(6)
 
 
 @cache
-def row_table() -> Table:
+def row_table() -> NDArray[np.int64]:
     """(9, 256) row numbers or -1: [8, mask] raises the mask's coordinates to 3/2;
 
     [i, mask] has coordinate i at 5/2 and the mask's, i excluded, at 3/2.
@@ -62,140 +62,211 @@ def row_table() -> Table:
 
 
 @cache
-def shell_masks() -> Table:
-    """(29,) masks of the coordinates at 3/2 in the rows of squared norm 12."""
-    shell = e8p_points.rows()[227:].numpy() == 1.5
-    return (shell * (1 << np.arange(8))).sum(1).astype(np.int64)
+def shell_rows() -> NDArray[np.float32]:
+    """(8, 29), 1 where a row of squared norm 12 has 3/2 and 0 where it has 1/2."""
+    return np.ascontiguousarray(e8p_points.rows()[227:].T.numpy() - 0.5, dtype=np.float32)
 
 
 @cache
-def row_values() -> Floats:
-    """(256, 8) float32 rows, coordinate 7 negative where the sum is odd: signs then flip it."""
+def signed_rows() -> NDArray[np.float32]:
+    """(256, 8) rows with coordinate 7 negated where the sum is odd, as signs start from."""
     table = e8p_points.rows().numpy().copy()
     table[table.sum(1) % 2 == 1, 7] *= -1
     return np.ascontiguousarray(table, dtype=np.float32)
 
 
-@njit(cache=True, nogil=True)
-def _sort_folded(a, keys):
-    """keys = bit patterns of a >= 0, ascending, the coordinate in place of the last three bits.
+def nearest(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The nearest point of either shift: codes (N, 2) for +1/4, -1/4, and squared distances.
 
-    Nonnegative floats sort as their bit patterns do; what is overwritten is 2^-50 relative.
+    x is (N, 8), finite.
     """
-    bits = a.view(np.int64)
+    return _nearest(x, row_table(), shell_rows())
+
+
+def decode(codes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Points (N, 8), float32, of codes (N,), each 0 .. 65535."""
+    return _decode(codes, signed_rows())
+
+
+@njit(cache=True, nogil=True)
+def _nearest(x, table, shell):
+    codes = np.empty((x.shape[0], 2), dtype=np.int64)
+    costs = np.empty((x.shape[0], 2), dtype=np.float32)
+    columns = np.zeros((8, _LANES), dtype=np.float32)
+    keys = np.empty((8, _LANES), dtype=np.float32)
+    bits = keys.view(np.int32)
+    base, gain = np.empty(_LANES, dtype=np.float32), np.empty(_LANES, dtype=np.float32)
+    signs, shape = np.empty(_LANES, dtype=np.int32), np.empty(_LANES, dtype=np.int32)
+    reaches = np.empty(_LANES, dtype=np.int32)
+    scratch = np.empty((2, shell.shape[1]), dtype=np.float32)
+    for first in range(0, x.shape[0], _LANES):
+        count = min(_LANES, x.shape[0] - first)
+        for v in range(count):
+            for i in range(8):
+                columns[i, v] = x[first + v, i]
+        for side in range(2):
+            shift = np.float32(0.25 - 0.5 * side)
+            _fold(columns, shift, keys, bits, signs, base)
+            _sort(keys)
+            _choose(keys, bits, signs, gain, shape, reaches)
+            for v in range(count):
+                if reaches[v]:
+                    _try_shell(
+                        columns, shift, v, keys, bits, signs, gain, shape, table, shell, scratch
+                    )
+                code = table[shape[v] >> 8, shape[v] & 255] << 8 | _SIGN_BYTE[signs[v] & 255]
+                codes[first + v, side] = code ^ side
+                costs[first + v, side] = base[v] - gain[v]
+    return codes, costs
+
+
+@njit(cache=True, nogil=True)
+def _fold(columns, shift, keys, bits, signs, base):
+    """keys = |y|, its last three bits replaced by the coordinate (2^-20 relative); signs, the
+
+    mask of y < 0; base, the squared distance to the row (1/2, ..., 1/2) with the signs of y.
+    """
+    signs[:] = 0
+    base[:] = 0
     for i in range(8):
-        keys[i] = (bits[i] & -8) | i
+        for v in range(_LANES):
+            y = columns[i, v] - shift
+            folded = abs(y)
+            signs[v] |= np.int32(y < 0) << np.int32(i)
+            base[v] += (folded - _HALF) * (folded - _HALF)
+            keys[i, v] = folded
+        for v in range(_LANES):
+            bits[i, v] = (bits[i, v] & np.int32(-8)) | np.int32(i)
+
+
+@njit(cache=True, nogil=True)
+def _sort(keys):
+    """Each lane descending."""
     for n in range(_NETWORK.shape[0]):
-        i, j = _NETWORK[n, 0], _NETWORK[n, 1]
-        x, y = keys[i], keys[j]
-        keys[i], keys[j] = min(x, y), max(x, y)
+        upper, lower = keys[_NETWORK[n, 0]], keys[_NETWORK[n, 1]]
+        for v in range(_LANES):
+            x, y = upper[v], lower[v]
+            upper[v] = x if x > y else y
+            lower[v] = y if x > y else x
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _odd(mask):
+    """popcount mod 2 of eight bits."""
+    mask = mask ^ (mask >> np.int32(4))
+    mask = mask ^ (mask >> np.int32(2))
+    return (mask ^ (mask >> np.int32(1))) & np.int32(1)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _one(key):
+    """Mask of the coordinate that a key carries."""
+    return np.int32(1) << (key & np.int32(7))
 
 
 @njit(cache=True, nogil=True)
-def _search_shell(a, wrong, shell, best):
-    """(mask, gain, flip) of the row of squared norm 12 that beats gain `best`, or mask 0."""
-    best_mask, best_flip = 0, 0
-    for m in range(shell.shape[0]):
-        mask = shell[m]
-        gain, flip, cheapest = 0.0, 0, np.inf
-        for i in range(8):
-            raised = (mask >> i) & 1
-            gain += 2.0 * raised * (a[i] - 1.0)
-            price = a[i] * (2.0 + 4.0 * raised)
-            if price < cheapest:
-                cheapest, flip = price, i
-        gain -= wrong * cheapest
-        if gain > best:
-            best, best_mask, best_flip = gain, mask, flip
-    return best_mask, best, best_flip
+def _choose(keys, bits, signs, gain, shape, reaches):
+    """The best of the seven candidates: its gain; its shape, 256 (coordinate at 5/2, or 8) plus
 
-
-@njit(cache=True, nogil=True)
-def _best_shell_row(a, order, gains, wrong, table, shell, best):
-    """As `_search_shell`, but most often settled by the two best sets of five coordinates.
-
-    `gains` are 2 (a_k - 1) in descending order less, if the parity is wrong, nothing yet.
+    the mask of those at 3/2; and signs with the parity put right. `reaches` marks the lanes
+    where five coordinates at 3/2 might gain more.
     """
-    fee = wrong * 2.0 * a[order[7]]
-    four = gains[0] + gains[1] + gains[2] + gains[3] - fee
-    mask = 1 << order[0] | 1 << order[1] | 1 << order[2] | 1 << order[3]
-    if four + gains[4] <= best:
-        return 0, best, 0
-    if table[8, mask | 1 << order[4]] >= 0:
-        return mask | 1 << order[4], four + gains[4], order[7]
-    if four + gains[5] <= best:
-        return 0, best, 0
-    if table[8, mask | 1 << order[5]] >= 0:
-        return mask | 1 << order[5], four + gains[5], order[7]
-    if max(four + gains[6], four - gains[3] + gains[4] + gains[5]) <= best:
-        return 0, best, 0
-    return _search_shell(a, wrong, shell, best)
+    for v in range(_LANES):
+        wrong = _odd(signs[v])
+        fee = _TWO * keys[7, v]
+        even_fee, odd_fee = (fee, _ZERO) if wrong else (_ZERO, fee)
+        total = _ZERO
+        raised = np.int32(8 << 8)
+        best, pick = -even_fee, raised
+        for k in range(4):
+            total += _TWO * (keys[k, v] - _ONE)
+            raised |= _one(bits[k, v])
+            value = total - (even_fee if k & 1 else odd_fee)
+            pick = raised if value > best else pick
+            best = value if value > best else best
+        alone = _TWO * _TWO * keys[0, v] - _SIX
+        five_halves = (bits[0, v] & np.int32(7)) << np.int32(8)
+        value = alone - even_fee
+        pick = five_halves if value > best else pick
+        best = value if value > best else best
+        value = alone + _TWO * (keys[1, v] - _ONE) - odd_fee
+        pick = (five_halves | _one(bits[1, v])) if value > best else pick
+        best = value if value > best else best
+        gain[v] = best
+        shape[v] = pick
+        reaches[v] = np.int32(total + _TWO * (keys[4, v] - _ONE) - odd_fee > best)
+        # a row of odd sum starts from a negative coordinate 7
+        odd = _odd(pick)
+        flip = (odd ^ wrong) << (bits[7, v] & np.int32(7))
+        signs[v] ^= (flip ^ (odd << np.int32(7))) * (np.int32(1) - reaches[v])
 
 
 @njit(cache=True, nogil=True)
-def _nearest_shifted(x, shift, table, shell, work):
-    """Even-byte code of the nearest point of D^8 + shift, and its squared distance."""
-    a, gains, keys, order = work
-    negative, parity, base = 0, 0, 0.0
-    for i in range(8):
-        y = x[i] - shift
-        below = np.int64(y < 0.0)
-        negative |= below << i
-        parity ^= below
-        a[i] = abs(y)
-        base += (a[i] - 0.5) * (a[i] - 0.5)
-    _sort_folded(a, keys)
-    for k in range(8):
-        order[k] = keys[7 - k] & 7
-        gains[k] = 2.0 * (a[order[k]] - 1.0)
-    fee = 2.0 * a[order[7]]
-    even_fee, odd_fee = fee * parity, fee * (1 - parity)
+def _try_shell(columns, shift, v, keys, bits, signs, gain, shape, table, shell, scratch):
+    """Replace the candidate of lane v by a row of squared norm 12 if one gains more; signs."""
+    negative = signs[v]
+    wrong = 1 - _PARITY[negative]
+    mask, best, flip = _best_shell_row(
+        columns, shift, v, keys, bits, wrong, table, shell, scratch, gain[v]
+    )
+    if mask:
+        shape[v], gain[v] = 8 << 8 | mask, best
+    odd = _PARITY[shape[v] & 255]
+    signs[v] = negative ^ ((odd ^ _PARITY[negative]) << flip) ^ (odd << 7)
 
-    # candidates as 256 * (coordinate at 5/2, or 8) + (mask of those at 3/2)
-    best, choice = -even_fee, 8 << 8
-    raised, gain = 8 << 8, 0.0
+
+@njit(cache=True, nogil=True)
+def _best_shell_row(columns, shift, v, keys, bits, wrong, table, shell, scratch, best):
+    """(mask, gain, flip) of the row of squared norm 12 with more gain than `best`, or mask 0.
+
+    Most often the two best sets of five coordinates settle it.
+    """
+    flip = bits[7, v] & 7
+    four, mask = -wrong * _TWO * keys[7, v], 0
     for k in range(4):
-        raised |= 1 << order[k]
-        gain += gains[k]
-        value = gain - (even_fee if k & 1 else odd_fee)
-        choice = raised if value > best else choice
-        best = max(best, value)
-    value = 2.0 * gains[0] - 2.0 - even_fee
-    choice = order[0] << 8 if value > best else choice
-    best = max(best, value)
-    value = 2.0 * gains[0] - 2.0 + gains[1] - odd_fee
-    choice = order[0] << 8 | 1 << order[1] if value > best else choice
-    best = max(best, value)
-    flip = order[7]
-    if gain + gains[4] - odd_fee > best:
-        found, value, shell_flip = _best_shell_row(a, order, gains, 1 - parity, table, shell, best)
-        if found:
-            best, choice, flip = value, 8 << 8 | found, shell_flip
-
-    odd = _PARITY[choice & 255]
-    negative ^= (odd ^ parity) << flip
-    negative ^= odd << 7
-    return table[choice >> 8, choice & 255] << 8 | _SIGN_BYTE[negative], base - best
+        four += _TWO * (keys[k, v] - _ONE)
+        mask |= 1 << (bits[k, v] & 7)
+    for k in range(4, 6):
+        value = four + _TWO * (keys[k, v] - _ONE)
+        if value <= best:
+            return 0, best, flip
+        if table[8, mask | 1 << (bits[k, v] & 7)] >= 0:
+            return mask | 1 << (bits[k, v] & 7), value, flip
+    # 1 2 3 4 7 or 1 2 3 5 6 come next
+    other = keys[4, v] + keys[5, v] - keys[3, v]
+    if four + _TWO * (max(keys[6, v], other) - _ONE) <= best:
+        return 0, best, flip
+    found, best, shell_flip = _search_shell(columns, shift, v, wrong, shell, scratch, best)
+    return found, best, shell_flip if found else flip
 
 
 @njit(cache=True, nogil=True)
-def _nearest(x, table, shell, work):
-    """Code of the E8P point nearest to the 8-vector x."""
-    upper, upper_cost = _nearest_shifted(x, 0.25, table, shell, work)
-    lower, lower_cost = _nearest_shifted(x, -0.25, table, shell, work)
-    return lower ^ 1 if lower_cost < upper_cost else upper
-
-
-@njit(cache=True, nogil=True)
-def _encode(x, table, shell):
-    codes = np.empty(x.shape[0], dtype=np.int64)
-    y = np.empty(8)
-    work = (np.empty(8), np.empty(8), np.empty(8, np.int64), np.empty(8, np.int64))
-    for v in range(x.shape[0]):
-        for i in range(8):
-            y[i] = x[v, i]
-        codes[v] = _nearest(y, table, shell, work)
-    return codes
+def _search_shell(columns, shift, v, wrong, shell, scratch, best):
+    """As `_best_shell_row`, over all 29; gains and cheapest changes of sign side by side."""
+    gain, cheapest = scratch[0], scratch[1]
+    gain[:] = 0
+    cheapest[:] = np.inf
+    for i in range(8):
+        folded = abs(columns[i, v] - shift)
+        step = _TWO * (folded - _ONE)
+        for m in range(shell.shape[1]):
+            gain[m] += shell[i, m] * step
+            price = folded * (_TWO + _TWO * _TWO * shell[i, m])
+            cheapest[m] = price if price < cheapest[m] else cheapest[m]
+    row = -1
+    for m in range(shell.shape[1]):
+        value = gain[m] - np.float32(wrong) * cheapest[m]
+        if value > best:
+            best, row = value, m
+    if row < 0:
+        return 0, best, 0
+    mask, flip, least = 0, 0, np.float32(np.inf)
+    for i in range(8):
+        mask |= np.int64(shell[i, row]) << i
+        price = abs(columns[i, v] - shift) * (_TWO + _TWO * _TWO * shell[i, row])
+        if price < least:
+            flip, least = i, price
+    return mask, best, flip
 
 
 @njit(cache=True, nogil=True)
@@ -210,13 +281,3 @@ def _decode(codes, rows):
             negate = (low ^ odd) >> _SIGN_BIT[i] & 1
             points[v, i] = (-value if negate else value) + shift
     return points
-
-
-def encode(x: Floats) -> Codes:
-    """Codes (N,) of the E8P points nearest to x (N, 8), finite; ties go to +1/4."""
-    return _encode(x, row_table(), shell_masks())
-
-
-def decode(codes: Codes) -> Floats:
-    """Points (N, 8), float32, of codes (N,), each 0 .. 65535."""
-    return _decode(codes, row_values())

@@ -66,13 +66,18 @@ def decode_e8p(codes: Tensor) -> Tensor:
     return row * (1 - 2 * negate) + SHIFT * (1 - 2 * odd_shift)[..., None]
 
 
-def nearest_e8p(x: Tensor) -> Tensor:
-    """Codes (N,), int64, of the points nearest to x (N, 8); ties go to +1/4, then the first row.
+def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest point of either shift to x (N, 8): codes (N, 2) for +1/4, -1/4, and costs.
 
-    For each shift and row the distance is sum (|y_i| - s_i)^2 with y = x - t, plus the cheapest
-    forced change of sign, 4 min_i |y_i| s_i, where the parity of the signs of y is wrong.
+    For each row the distance is sum (|y_i| - s_i)^2 with y = x - shift, plus the cheapest
+    forced change of sign, 4 min_i |y_i| s_i, where the parity of the signs of y is wrong. Of
+    equal rows the first is taken. Costs are squared distances up to a constant per vector.
     """
-    return torch.cat([_nearest_e8p(chunk) for chunk in x.split(_CHUNK)])
+    sides = [[_nearest_shifted(c, shift) for c in x.split(_CHUNK)] for shift in (SHIFT, -SHIFT)]
+    codes = [torch.cat([code for code, _ in side]) for side in sides]
+    costs = [torch.cat([cost for _, cost in side]) for side in sides]
+    # toggling bit 0 makes the low byte odd: the mark of the shift -1/4
+    return torch.stack([codes[0], codes[1] ^ 1], 1), torch.stack(costs, 1)
 
 
 def decode_ball(codes: Tensor) -> Tensor:
@@ -85,13 +90,6 @@ def nearest_ball(x: Tensor) -> Tensor:
     points = ball_points().to(x)
     half_norms = 0.5 * points.square().sum(1)
     return torch.cat([(c @ points.T - half_norms).argmax(1) for c in x.split(_CHUNK)])
-
-
-def _nearest_e8p(x: Tensor) -> Tensor:
-    upper, upper_cost = _nearest_shifted(x, SHIFT)
-    lower, lower_cost = _nearest_shifted(x, -SHIFT)
-    # toggling bit 0 makes the low byte odd: the mark of the shift -1/4
-    return torch.where(lower_cost < upper_cost, lower ^ 1, upper)
 
 
 def _nearest_shifted(x: Tensor, shift: float) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class Groups:
 
     def split(self, W: Tensor) -> Tensor:
         """W (m, n) as (rows, groups, members), ragged groups filled up with zeros."""
-        rows, count = self.grid
+        count = self.grid[1]
         if self.group_size == PER_TENSOR:
             return W.reshape(1, 1, -1)
         spare = count * self.width - self.shape[1]
@@ -133,7 +133,8 @@ def round_scales(scales: Tensor, scale_dtype: str) -> Tensor:
     floor = 16 * limits.smallest_normal * limits.eps
     if largest > limits.max or 0 < largest < floor:
         raise NumericalError(
-            f"largest scale {largest:.3e} does not fit {scale_dtype} ({floor:.1e} .. {limits.max:.1e});"
+            f"largest scale {largest:.3e} does not fit {scale_dtype}"
+            f" ({floor:.1e} .. {limits.max:.1e});"
             " multiply the weight by a constant or choose scale_dtype float32"
         )
     return scales.to(dtype)
