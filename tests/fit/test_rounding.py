@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
-from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest
+from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest, round_two_sided
 from convex_caldera.linalg.factor import block_unit_upper
+from convex_caldera.quantizers.uniform import Uniform
 from tests.oracles.gptq import gptq_codes
 from tests.oracles.toy import Grid
 from tests.problems import correlated_hessian, gaussian
@@ -82,3 +83,40 @@ def test_inputs_are_left_alone():
     kept_codes = codes.clone()
     refine(W, codes, W_hat, fitted, hessian.damped, 2)
     assert torch.equal(W, kept) and torch.equal(codes, kept_codes)
+
+
+@given(SIZES, st.sampled_from([1, 4]), st.sampled_from([1, 3, 16]))
+@settings(max_examples=20, deadline=None)
+def test_two_sided_rounding_with_identity_outputs_is_ldlq(size, block, rows):
+    m, n, seed = size
+    W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)
+    fitted, U = Grid(block=block).fit(W), hessian.unit_upper(block)
+    eye = torch.eye(m, dtype=torch.float64)
+    codes, W_hat = round_two_sided(W, fitted, U, eye, rows)
+    assert torch.equal(codes, round_ldlq(W, fitted, U)[0])
+    assert torch.allclose(fitted.decode(codes), W_hat)
+
+
+@given(SIZES, st.sampled_from([1, 4]), st.sampled_from([1, 3]))
+@settings(max_examples=20, deadline=None)
+def test_two_sided_loss_is_the_tilewise_sum_of_rounding_errors(size, block, rows):
+    m, n, seed = size
+    W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)
+    output = correlated_hessian(m, seed % 997)
+    U, P = hessian.unit_upper(block), output.unit_upper(rows)
+    _, W_hat = round_two_sided(W, Grid(block=block).fit(W), U, P, rows)
+    e = P.T @ (W - W_hat) @ U
+    assert float(e.abs().max()) <= 0.25 + 1e-9  # every tile was rounded to the nearest
+    D = torch.linalg.solve(U, torch.linalg.solve(U, hessian.damped).T)
+    C = torch.linalg.solve(P, torch.linalg.solve(P, output.damped).T)
+    damped = Problem(W, Hessian(hessian.damped, 0.0), output=Hessian(output.damped, 0.0))
+    expected = float(((C @ e) * (e @ D)).sum())
+    assert abs(damped.loss(W_hat) - expected) <= 1e-8 * (1 + expected)
+
+
+def test_tiles_with_scales_of_their_own_are_coded_where_they_lie():
+    W, hessian = gaussian(40, 36, 3).float(), correlated_hessian(36)
+    output = correlated_hessian(40, 5)
+    fitted = Uniform(3, 16).fit(W)
+    codes, W_hat = round_two_sided(W, fitted, hessian.unit_upper(1), output.unit_upper(16), 16)
+    assert torch.allclose(fitted.decode(codes), W_hat, atol=1e-5)

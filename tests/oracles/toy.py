@@ -24,6 +24,7 @@ class FittedGrid:
     shape: tuple
     step: float
     row_block: ClassVar[int] = 1
+    position_free: ClassVar[bool] = True
 
     def encode(self, x, start=0):
         return torch.round(x / self.step).long()

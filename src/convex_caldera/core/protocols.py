@@ -63,6 +63,10 @@ class FittedQuantizer(Protocol):
     def row_block(self) -> int:
         """Rows that are coded together (1, or 16 for trellis tiles)."""
 
+    @property
+    def position_free(self) -> bool:
+        """Whether encode and decode are the same at every place of the matrix (one scale)."""
+
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes of x (m, d), the columns start .. start + d of the matrix.
 

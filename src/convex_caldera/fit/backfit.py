@@ -103,7 +103,7 @@ def _enter(
     W, hessian, output, fitted = problem.W, problem.hessian, problem.output, []
     for transform in recipe.transforms:
         fitted.append(transform.fit(W, hessian, seed=seed, layer=layer, site=site))
-        W, hessian = fitted[-1].apply(W), fitted[-1].apply_hessian(hessian)
+        W, hessian = fitted[-1].apply(W).contiguous(), fitted[-1].apply_hessian(hessian)
         output = output and fitted[-1].apply_output(output)
     return Problem(W, hessian, layer, output), tuple(fitted)
 

@@ -64,7 +64,8 @@ def round_two_sided(
 
     With O = P C P^T and H = U D U^T (unit upper, blocks of `rows` and d), the loss is
     sum_IJ tr(C_I e_IJ D_J e_IJ^T), e = P^T (W - W^) U, so tile (I, J) is rounded towards W_IJ
-    plus the feedback of all tiles above and to the left: with P = I this is LDLQ.
+    plus the feedback of all tiles above and to the left: with P = I this is LDLQ. Tiles on one
+    anti-diagonal do not see each other and are encoded together.
 
     Args:
         W: the target (m, n).
@@ -73,27 +74,58 @@ def round_two_sided(
         output_upper: P (m, m), identity rows x rows diagonal blocks.
         rows: height of a tile.
 
-    Source: Tseng et al., YAQA, arXiv 2505.22988, who feed back both sides at once; by column
-    blocks first, the left side is one product per block. Cost: m n (m + n) multiply-adds and
-    (m / rows) (n / d) small encodings.
+    Source: the two-sided rounding of Tseng et al., YAQA, arXiv 2505.22988; anti-diagonals as in
+    BaKron, arXiv 2608.06291. Cost: m n (m + n) / 2 multiply-adds in small products.
     """
     U, P = unit_upper.to(W.dtype), output_upper.to(W.dtype)
     (m, n), d = W.shape, fitted.quantizer.block
-    parts = [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
-    fitted_rows = [fitted.take_rows(part) for part in parts]
-    error, codes = torch.empty_like(W), []
-    for j in range(0, n, d):
-        cols = slice(j, min(j + d, n))
-        left = error[:, :j] @ U[:j, cols]
-        carried = torch.empty_like(left)  # rows of P^T-feedback: (E U)_J of the tiles done
-        column = []
-        for part, sub in zip(parts, fitted_rows, strict=True):
-            goal = W[part, cols] + left[part] + P[: part.start, part].T @ carried[: part.start]
-            column.append(sub.encode(goal, j))
-            error[part, cols] = W[part, cols] - sub.decode(column[-1], j).to(W.dtype)
-            carried[part] = left[part] + error[part, cols]
-        codes.append(torch.cat(column))
-    return torch.cat(codes, dim=1), W - error
+    heights = [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
+    widths = [slice(j, min(j + d, n)) for j in range(0, n, d)]
+    error, carried = torch.zeros_like(W), torch.zeros_like(W)  # E, and E U of the tiles done
+    codes: dict[tuple[int, int], Tensor] = {}
+    for wave in range(len(heights) + len(widths) - 1):
+        tiles = [(i, wave - i) for i in range(len(heights)) if 0 <= wave - i < len(widths)]
+        goals = []
+        for i, j in tiles:
+            part, cols = heights[i], widths[j]
+            left = error[part, : cols.start] @ U[: cols.start, cols]
+            above = P[: part.start, part].T @ carried[: part.start, cols]
+            carried[part, cols] = left
+            goals.append(W[part, cols] + left + above)
+        places = [(heights[i], widths[j]) for i, j in tiles]
+        for tile, (part, cols), (code, values) in zip(
+            tiles, places, encode_tiles(fitted, goals, places), strict=True
+        ):
+            codes[tile] = code
+            error[part, cols] = W[part, cols] - values.to(W.dtype)
+            carried[part, cols] += error[part, cols]
+    count = range(len(widths))
+    joined = [torch.cat([codes[i, j] for j in count], dim=1) for i in range(len(heights))]
+    return torch.cat(joined), W - error
+
+
+def encode_tiles(
+    fitted: FittedQuantizer, goals: list[Tensor], places: list[tuple[slice, slice]]
+) -> list[tuple[Tensor, Tensor]]:
+    """(codes, values) of tiles at (rows, columns); in one call where the place does not matter."""
+    alike = len({goal.shape for goal in goals}) == 1 and len(goals) > 1
+    if not (alike and fitted.position_free):
+        return [_encode_tile(fitted, goal, place) for goal, place in zip(goals, places, strict=True)]
+    height = goals[0].shape[0]
+    stacked = fitted.take_rows(slice(0, height * len(goals)))
+    codes = stacked.encode(torch.cat(goals), 0)
+    values = stacked.decode(codes, 0)
+    count = len(goals)
+    return list(zip(codes.chunk(count), values.chunk(count), strict=True))
+
+
+def _encode_tile(
+    fitted: FittedQuantizer, goal: Tensor, place: tuple[slice, slice]
+) -> tuple[Tensor, Tensor]:
+    part, cols = place
+    rows = fitted.take_rows(part)
+    codes = rows.encode(goal, cols.start)
+    return codes, rows.decode(codes, cols.start)
 
 
 def refine(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from convex_caldera.models.checkpoint import Checkpoint, read_json
+from convex_caldera.models.original import load_original
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.storage.read import QUANT_METHOD, open_container
 
@@ -34,12 +35,7 @@ class ModelRef:
             from convex_caldera.runtime.load import load
 
             return load(self.path, dtype=dtype, device=device)
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            self.path, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
-        return model.to(device).eval()
+        return load_original(self.path, dtype, device)
 
 
 def open_model(name: str) -> ModelRef:
