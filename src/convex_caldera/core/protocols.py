@@ -56,8 +56,11 @@ class Quantizer(Protocol):
 class FittedQuantizer(Protocol):
     """A quantizer with its scales, for one matrix of `shape` (m, n)."""
 
-    quantizer: Quantizer
-    shape: tuple[int, int]
+    @property
+    def quantizer(self) -> Quantizer: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     @property
     def row_block(self) -> int:
@@ -112,8 +115,11 @@ class Transform(Protocol):
 class FittedTransform(Protocol):
     """W -> B W A^-1 and H -> A H A^T for invertible A (inputs) and orthogonal B (outputs)."""
 
-    transform: Transform
-    shape: tuple[int, int]
+    @property
+    def transform(self) -> Transform: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def apply(self, W: Tensor) -> Tensor:
         """The matrix in the new coordinates, B W A^-1."""

@@ -121,6 +121,16 @@ class Trellis:
             rows = ratio.clamp(max=6e4).half()
         return FittedTrellis(self, (W.shape[0], W.shape[1]), scale, rows)
 
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """One float32 scale, a float16 one a row if asked for, and the streams of all tiles."""
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "scale": (torch.float32, (1,)),
+            "codes": (torch.uint8, (Tiling(shape, self.sixteenths).packed_bytes,)),
+        }
+        if self.row_scales:
+            layout["row_scale"] = (torch.float16, (shape[0],))
+        return layout
+
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedTrellis:
         scale = checked_tensor(dict(tensors), "scale", (1,), torch.float32)
         rows = None
@@ -143,6 +153,11 @@ class FittedTrellis:
     def row_block(self) -> int:
         """16, or the rows of a chain: streams start there."""
         return TILE * max(self.quantizer.chain, 1)
+
+    @property
+    def position_free(self) -> bool:
+        """Whole tiles are alike everywhere unless rows have scales of their own."""
+        return self.row_scale is None
 
     @cached_property
     def _tiling(self) -> Tiling:

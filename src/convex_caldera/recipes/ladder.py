@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import RecipeError
@@ -40,10 +41,15 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n)."""
+    """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n).
+
+    `curvature` is what its rounding is meant to see; `allocates` says that bits and ranks are
+    decided together for the whole model instead of uniformly.
+    """
 
     name: str
     sentence: str
     paper: str
     ladder: Callable[[Shape, Wishes], tuple[Recipe, ...]]
-    needs_data: bool = True
+    curvature: Literal["none", "input", "kronecker"] = "input"
+    allocates: bool = False

@@ -5,15 +5,25 @@ from __future__ import annotations
 from convex_caldera.errors import RecipeError
 from convex_caldera.recipes.ladder import Method
 from convex_caldera.recipes.lattice import caldera_ladder, quip_sharp_ladder
+from convex_caldera.recipes.convex import convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.scalar import gptq_ladder, normal_float_ladder, rtn_ladder
 
 METHODS: dict[str, Method] = {
+    "convex-caldera": Method(
+        "convex-caldera",
+        "Bits and rank of every layer chosen by convex optimisation of the predicted loss, "
+        "with a certificate; trellis codes plus low rank where it earns its bits.",
+        "this project; docs/methods/convex-caldera.md",
+        convex_caldera_ladder,
+        curvature="kronecker",
+        allocates=True,
+    ),
     "rtn": Method(
         "rtn",
         "Round each weight to the nearest point of an affine integer grid per group.",
         "the common baseline; no paper",
         rtn_ladder,
-        needs_data=False,
+        curvature="none",
     ),
     "gptq": Method(
         "gptq",
@@ -26,13 +36,19 @@ METHODS: dict[str, Method] = {
         "Nearest quantile of a normal distribution under a block's absolute maximum.",
         "Dettmers et al., QLoRA, arXiv 2305.14314",
         normal_float_ladder,
-        needs_data=False,
+        curvature="none",
     ),
     "quip-sharp": Method(
         "quip-sharp",
         "Randomised Hadamard on both sides, then LDLQ with the E8 lattice codebook.",
         "Tseng et al., QuIP#, arXiv 2402.04396",
         quip_sharp_ladder,
+    ),
+    "qtip": Method(
+        "qtip",
+        "Randomised Hadamard on both sides, then LDLQ with trellis codes near Shannon's limit.",
+        "Tseng et al., QTIP, arXiv 2406.11235",
+        trellis_ladder,
     ),
     "caldera": Method(
         "caldera",

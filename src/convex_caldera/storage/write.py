@@ -54,6 +54,7 @@ def assemble(
     report: Mapping[str, Any],
     provenance: Mapping[str, Any],
     card: CardFacts,
+    certificate: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Container:
     """Write the model directory `run.out` from a finished run and remove the work folder.
@@ -65,6 +66,7 @@ def assemble(
         recipe: plain dict for recipe.toml, enough to recreate this directory.
         report, provenance: plain JSON for report.json and provenance.json.
         card: facts for README.md.
+        certificate: plain JSON for certificate.json, if the plan has one.
         max_shard_bytes: upper limit for one file's tensors.
 
     Returns:

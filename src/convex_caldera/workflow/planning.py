@@ -35,6 +35,16 @@ class NamedMatrix(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
 
+class TiedMatrix(NamedMatrix, Protocol):
+    """A layer with its place: block and kind."""
+
+    @property
+    def block(self) -> int: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
 S = TypeVar("S", bound=NamedMatrix)
 
 
@@ -133,6 +143,25 @@ def parse_pin(pin: str) -> tuple[str, dict[str, int]]:
             f"pin {pin!r} must read pattern=key:number,... with keys {', '.join(keys)}"
         )
     return pattern, {keys[key]: int(value) for key, _, value in pairs}
+
+
+def ties_of(ties: Iterable[str], sites: Sequence[TiedMatrix]) -> tuple[tuple[str, ...], ...]:
+    """Layers that must share a format: "q_proj,k_proj,v_proj" ties those kinds in each block.
+
+    Raises:
+        RecipeError: a kind that no block has, or a tie of one.
+    """
+    groups = []
+    for tie in ties:
+        kinds = [kind.strip() for kind in tie.split(",") if kind.strip()]
+        unknown = sorted(set(kinds) - {site.kind for site in sites})
+        if unknown or len(kinds) < 2:
+            raise RecipeError(f"tie {tie!r}: {unknown[0] if unknown else 'one kind'} ties nothing")
+        for block in sorted({site.block for site in sites}):
+            members = tuple(s.name for s in sites if s.block == block and s.kind in kinds)
+            if len(members) > 1:
+                groups.append(members)
+    return tuple(groups)
 
 
 def uniform_plan(

@@ -34,7 +34,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    method: str = "caldera"
+    method: str = "convex-caldera"
     bits: Annotated[float, Field(gt=0, le=16)] | None = None
     size: str | None = None
     ratio: str | None = None
@@ -50,6 +50,8 @@ class Settings(BaseModel):
     ignore: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     allow_short: bool = False
+    curvature: Literal["auto", "none", "input", "kronecker"] = "auto"
+    tie: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_budget(self) -> Settings:

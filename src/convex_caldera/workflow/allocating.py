@@ -1,0 +1,267 @@
+"""Convex allocation of bits and rank over a whole model, with its certificate.
+
+    probe      every layer at two rates and one rank, with the real quantizer
+    propose    the convex program on the fitted curves: a rate and a rank for each layer
+    measure    the few options around each proposal, with the real quantizer
+    decide     one option per layer by its measured loss under the byte budget, with a bound
+    store      the options chosen, which were fitted already
+
+Every fit is kept on disk as it finishes, so a run that is cut short repeats none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from convex_caldera.allocate.curves import Curves, Group, Option
+from convex_caldera.allocate.plan import Plan as IntegerPlan
+from convex_caldera.allocate.plan import allocate
+from convex_caldera.allocate.surrogate import Allocation, RateModel, fit_decay, solve_surrogate
+from convex_caldera.core.recipe import Recipe
+from convex_caldera.errors import InfeasibleBudgetError
+from convex_caldera.models.sites import Site
+from convex_caldera.recipes.convex import (
+    BIT_STEP,
+    LEAST_BITS,
+    MOST_BITS,
+    convex_caldera_recipe,
+    menu_ranks,
+)
+from convex_caldera.recipes.records import canonical_json, to_record
+from convex_caldera.storage.partial import PartialRun
+from convex_caldera.workflow.certifying import certificate_of
+from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes, ties_of, wishes_of
+from convex_caldera.workflow.progress import Progress
+
+if TYPE_CHECKING:
+    from convex_caldera.workflow.compress import Job
+
+# Options offered around the proposed rate, in bits per weight.
+NEIGHBOURS = (-0.5, -0.25, 0.0, 0.25, 0.5)
+PROBE_HALF_WIDTH = 0.5
+# Header bytes depend on the plan and the plan on what they leave; a few rounds settle both.
+HEADER_ROUNDS = 8
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """One option of the menu: code bits per weight and rank."""
+
+    bits: float
+    rank: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.bits:g}b r{self.rank}" if self.rank else f"{self.bits:g}b"
+
+
+class Allocator:
+    """One allocation: what is measured, what is proposed, what is decided."""
+
+    def __init__(
+        self, job: Job, fitter: Fitter, run: PartialRun, progress: Progress, workers: int
+    ):
+        self.job, self.fitter, self.run = job, fitter, run
+        self.progress, self.workers = progress, workers
+        self.sites = {site.name: site for site in job.sites}
+        self.weights = {name: s.shape[0] * s.shape[1] for name, s in self.sites.items()}
+        self.ties = ties_of(job.settings.tie, job.sites)
+        self.unit = "nats" if job.curvature == "kronecker" else "relative"
+        self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
+
+    def run_all(self) -> tuple[Plan, dict[str, Any]]:
+        """The plan, stored layer by layer, and its certificate."""
+        fingerprint = {"options": canonical_json(self.job.fingerprint())}
+        with PartialRun(self.run.folder / "measured", fingerprint) as measured:
+            probes = {name: self._probes(name) for name in self.sites}
+            self._measure(measured, probes, "probe")
+            proposal = self._propose(measured, probes)
+            menus = {name: self._menu(name, proposal) for name in self.sites}
+            self._measure(measured, menus, "measure")
+            offered = {name: sorted({*menus[name], *probes[name]}) for name in self.sites}
+            curves = self._curves(measured, offered)
+            plan, integer = self._decide(curves, offered)
+            self._store(measured, integer, offered)
+        certificate = certificate_of(
+            self.job, plan, integer, curves, proposal, self.unit, self.run, self.fitter
+        )
+        return plan, certificate
+
+    def recipe(self, name: str, choice: Choice) -> Recipe:
+        """The recipe of an option."""
+        return convex_caldera_recipe(choice.bits, choice.rank, self.job.settings.factor_bits)
+
+    def _probes(self, name: str) -> list[Choice]:
+        """Two rates around the target, and one rank at the lower of them."""
+        wishes = wishes_of(self.job.settings, name)
+        if wishes.bits is not None:
+            return [Choice(_on_grid(wishes.bits), wishes.rank or 0)]
+        low = _on_grid(self.target - PROBE_HALF_WIDTH)
+        high = _on_grid(low + 2 * PROBE_HALF_WIDTH)
+        low = low if low < high else _on_grid(high - 2 * PROBE_HALF_WIDTH)
+        if wishes.rank is not None:
+            rank = min(wishes.rank, *self.sites[name].shape)
+            return [Choice(low, rank), Choice(high, rank)]
+        ranks = menu_ranks(self.sites[name].shape, wishes.factor_bits)
+        return [Choice(low), Choice(high), *(Choice(low, r) for r in ranks[2:3])]
+
+    def _measure(
+        self, measured: PartialRun, wanted: Mapping[str, Iterable[Choice]], stage: str
+    ) -> None:
+        done = measured.done()
+        tasks = [
+            (name, choice)
+            for name, choices in wanted.items()
+            for choice in sorted(set(choices))
+            if _key(name, choice) not in done
+        ]
+        self.progress.start(stage, len(tasks))
+
+        def work(task: tuple[str, Choice]) -> Any:
+            name, choice = task
+            return self.fitter.fit(self.sites[name], self.recipe(name, choice))
+
+        for (name, choice), fit in side_by_side(work, tasks, self.workers):
+            record = self.fitter.record(self.sites[name], self.recipe(name, choice), fit)
+            measured.put(_key(name, choice), fit.layer, record)
+            self.progress.advance(f"{name} {choice.label}")
+
+    def _distortion(self, measured: PartialRun, name: str, choice: Choice) -> float:
+        record = measured.record(_key(name, choice))
+        return float(record["loss"] if self.unit == "nats" else record["relative_loss"])
+
+    def _rate_model(
+        self, measured: PartialRun, name: str, probes: list[Choice]
+    ) -> RateModel:
+        """c and k from the two rates; what the probed rank saves, at what it costs."""
+        low, high = probes[0], probes[min(1, len(probes) - 1)]
+        at_low = max(self._distortion(measured, name, low), 1e-300)
+        if low == high:
+            bits, scale, decay = (low.bits, low.bits), at_low, 1.0
+        else:
+            at_high = max(self._distortion(measured, name, high), 1e-300)
+            bits = (LEAST_BITS, MOST_BITS)
+            if at_high >= at_low:  # a layer that does not react: any falling curve will do
+                scale, decay = at_low, 1e-6
+            else:
+                scale, decay = fit_decay([low.bits, high.bits], [at_low, at_high])
+        factor_bits, log_energy = [0.0], [0.0]
+        for choice in probes[2:]:
+            saved = max(self._distortion(measured, name, choice), 1e-300) / at_low
+            site = self.sites[name]
+            extra = layer_bytes(self.recipe(name, choice), site.shape) - layer_bytes(
+                self.recipe(name, low), site.shape
+            )
+            factor_bits.append(8 * extra / self.weights[name])
+            log_energy.append(min(math.log(saved), 0.0))
+        return RateModel(
+            name, self.weights[name], 1.0, scale, decay, bits, tuple(factor_bits), tuple(log_energy)
+        )
+
+    def _propose(self, measured: PartialRun, probes: Mapping[str, list[Choice]]) -> Proposal:
+        """Rates and factor bits of every layer by the convex program."""
+        models = [self._rate_model(measured, name, probes[name]) for name in self.sites]
+        side = sum(
+            8 * layer_bytes(self.recipe(name, Choice(1.0)), self.sites[name].shape)
+            - self.weights[name]
+            for name in self.sites
+        )
+        budget = 8 * self.job.budget.compressed_bytes - side
+        least = sum(model.bits[0] * model.weights for model in models)
+        solution = solve_surrogate(models, max(float(budget), least))
+        return Proposal(tuple(models), solution, dict(zip(self.sites, range(len(models)), strict=True)))
+
+    def _menu(self, name: str, proposal: Proposal) -> list[Choice]:
+        """Rates around the proposal, with the probed rank where the program buys one."""
+        wishes = wishes_of(self.job.settings, name)
+        if wishes.bits is not None:
+            return []
+        members = next((tie for tie in self.ties if name in tie), (name,))
+        total = sum(self.weights[member] for member in members)
+        centre = sum(self.weights[m] * proposal.bits(m) for m in members) / total
+        buys = any(proposal.factor_bits(m) > 0 for m in members)
+        shapes = [self.sites[m].shape for m in members]
+        fixed = None if wishes.rank is None else min(wishes.rank, *self.sites[name].shape)
+        ranks = [fixed or 0]
+        if fixed is None and buys:
+            ranks += [min(menu_ranks(shape, wishes.factor_bits)[-2] for shape in shapes)]
+        grid = {_on_grid(centre + step) for step in NEIGHBOURS}
+        return [Choice(bits, rank) for rank in ranks for bits in sorted(grid)]
+
+    def _curves(self, measured: PartialRun, offered: Mapping[str, list[Choice]]) -> Curves:
+        groups = tuple(
+            Group(
+                name,
+                self.weights[name],
+                tuple(
+                    Option(
+                        choice.label,
+                        8 * layer_bytes(self.recipe(name, choice), self.sites[name].shape),
+                        self._distortion(measured, name, choice),
+                    )
+                    for choice in choices
+                ),
+            )
+            for name, choices in offered.items()
+        )
+        return Curves(groups, self.ties)
+
+    def _decide(
+        self, curves: Curves, offered: Mapping[str, list[Choice]]
+    ) -> tuple[Plan, IntegerPlan]:
+        """The integer plan whose file, headers included, is within the budget."""
+        shapes = {name: site.shape for name, site in self.sites.items()}
+        by_label = {name: {c.label: c for c in choices} for name, choices in offered.items()}
+        budget, header = self.job.budget.compressed_bytes, 0
+        for _ in range(HEADER_ROUNDS):
+            integer = allocate(curves, 8 * (budget - header))
+            recipes = {
+                name: self.recipe(name, by_label[name][label])
+                for name, label in integer.choice.items()
+            }
+            size = planned_bytes(recipes, shapes)
+            needed = size - integer.bits // 8
+            if needed == header or (size <= budget and needed < header):
+                return Plan(recipes, shapes, size, self.job.budget), integer
+            header = max(needed, header + (needed < header))
+        raise InfeasibleBudgetError(
+            f"{self.job.budget.wording}: file headers of {header} bytes leave no plan", 8 * size
+        )
+
+    def _store(
+        self, measured: PartialRun, integer: IntegerPlan, offered: Mapping[str, list[Choice]]
+    ) -> None:
+        done = self.run.done()
+        for name, choices in offered.items():
+            choice = next(c for c in choices if c.label == integer.choice[name])
+            if name not in done:
+                key = _key(name, choice)
+                self.run.put(name, measured.get(key), measured.record(key))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The convex program's data and its solution, by layer."""
+
+    models: tuple[RateModel, ...]
+    solution: Allocation
+    index: dict[str, int]
+
+    def bits(self, name: str) -> float:
+        return self.solution.bits[self.index[name]]
+
+    def factor_bits(self, name: str) -> float:
+        return self.solution.factor_bits[self.index[name]]
+
+
+def _on_grid(bits: float) -> float:
+    """The nearest rate on offer."""
+    return min(max(round(bits / BIT_STEP) * BIT_STEP, LEAST_BITS), MOST_BITS)
+
+
+def _key(name: str, choice: Choice) -> str:
+    return f"{name} {choice.label}"

@@ -1,0 +1,143 @@
+"""Where a layer's metric comes from: nothing, its inputs, or the model's own loss.
+
+    none        H = I
+    input       H = E[x x^T] of the layer's input, one decoder block in memory at a time
+    kronecker   both sides, from gradients of whole sequences; the whole model in memory, and
+                losses are then predicted nats of KL per token
+
+All are gathered once, kept where a resumed run finds them, and asked for layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from convex_caldera.calibrate.collect import collect
+from convex_caldera.calibrate.curvature import Curvature, sequence_curvature
+from convex_caldera.calibrate.saved import (
+    INDEX,
+    Provenance,
+    SavedStatistics,
+    load_statistics,
+    save_statistics,
+)
+from convex_caldera.calibrate.text import fingerprint
+from convex_caldera.core.hessian import Hessian
+from convex_caldera.core.problem import Problem
+from convex_caldera.models.original import load_original
+from convex_caldera.models.sites import Site
+from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.workflow.progress import Progress
+
+CurvatureKind = Literal["none", "input", "kronecker"]
+
+
+class Curvatures(Protocol):
+    """Gives a layer its problem."""
+
+    def problem(self, site: Site, W: Tensor) -> Problem: ...
+
+    def tokens(self, site: Site) -> int:
+        """How many tokens the layer's statistics have seen."""
+
+
+class NoCurvature:
+    """Every layer under the identity."""
+
+    def problem(self, site: Site, W: Tensor) -> Problem:
+        return Problem(W, Hessian.identity(site.shape[1]), site.name)
+
+    def tokens(self, site: Site) -> int:
+        del site
+        return 0
+
+
+class InputCurvatures:
+    """Second moments of inputs, read back one block at a time; layers of one input share one H."""
+
+    def __init__(self, saved: SavedStatistics):
+        self._saved = saved
+        self._hessians: Callable[[int], dict[str, Hessian]] = lru_cache(maxsize=2)(self._read)
+
+    def problem(self, site: Site, W: Tensor) -> Problem:
+        return Problem(W, self._hessians(site.block)[site.input_site], site.name)
+
+    def tokens(self, site: Site) -> int:
+        return self._saved[site.block][site.input_site].num_tokens
+
+    def _read(self, block: int) -> dict[str, Hessian]:
+        return {name: s.hessian() for name, s in self._saved[block].items()}
+
+
+class KroneckerCurvatures:
+    """Both sides of every layer, in memory."""
+
+    def __init__(self, curvatures: dict[str, Curvature], tokens: int):
+        self._curvatures = curvatures
+        self._tokens = tokens
+
+    def problem(self, site: Site, W: Tensor) -> Problem:
+        hessian, output = self._curvatures[site.name].hessians(site.name)
+        return Problem(W, hessian, site.name, output)
+
+    def tokens(self, site: Site) -> int:
+        del site
+        return self._tokens
+
+
+def gather(
+    kind: CurvatureKind,
+    skeleton: Skeleton,
+    sites: Sequence[Site],
+    tokens: Tensor | None,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> Curvatures:
+    """Run the calibration that the method asks for.
+
+    Args:
+        kind: see above; without tokens only "none" is possible.
+        folder: where input statistics are kept for a resumed run.
+
+    Raises:
+        NumericalError, DataError, InterruptedRunError: as `calibrate`.
+    """
+    if kind == "none" or tokens is None:
+        return NoCurvature()
+    if kind == "input":
+        return InputCurvatures(_input_statistics(skeleton, tokens, folder, progress))
+    model = load_original(skeleton.path, skeleton.dtype, str(skeleton.device))
+    progress.start("curvature", len(tokens))
+    seen = [0]
+
+    def advance(done: int, total: int) -> None:
+        del total
+        for _ in range(done - seen[0]):
+            progress.advance()
+        seen[0] = done
+
+    names = [site.name for site in sites]
+    curvatures = sequence_curvature(model, tokens, names, seed=seed, progress=advance)
+    return KroneckerCurvatures(curvatures, tokens.numel())
+
+
+def _input_statistics(
+    skeleton: Skeleton, tokens: Tensor, folder: Path, progress: Progress
+) -> SavedStatistics:
+    """Statistics of all blocks in `folder`, those that are there already not collected again."""
+    dtype = str(skeleton.dtype).split(".")[-1]
+    provenance = Provenance(skeleton.checkpoint.fingerprint, fingerprint(tokens), dtype)
+    known = set(load_statistics(folder, provenance)) if (folder / INDEX).is_file() else set()
+    missing = set(range(len(skeleton.structure.blocks))) - known
+    if missing:
+        progress.start("calibrate", len(missing))
+        for block in collect(skeleton, tokens, only=missing):
+            save_statistics(folder, block.index, block.inputs, provenance)
+            progress.advance(block.name)
+    return load_statistics(folder, provenance)

@@ -1,0 +1,87 @@
+"""Fit layers side by side, each on one thread, and remember every result on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from convex_caldera.core.recipe import Recipe
+from convex_caldera.fit.backfit import Fit, fit_layer
+from convex_caldera.models.sites import Site
+from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.recipes.records import to_record
+from convex_caldera.workflow.curvatures import Curvatures
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Carries a recipe out on a layer of a model, under the curvatures gathered for it."""
+
+    skeleton: Skeleton
+    curvatures: Curvatures
+    seed: int
+
+    def fit(self, site: Site, recipe: Recipe) -> Fit:
+        """The compressed layer; a pure function of model, text, recipe and seed."""
+        W = self.skeleton.tensor(f"{site.name}.weight").float()
+        problem = self.curvatures.problem(site, W.to(self.skeleton.device))
+        return fit_layer(problem, recipe, seed=self.seed, layer=site.name, site=site.input_site)
+
+    def record(self, site: Site, recipe: Recipe, fit: Fit) -> dict[str, Any]:
+        """One layer's entry in the report."""
+        weights = site.shape[0] * site.shape[1]
+        return {
+            "shape": list(site.shape),
+            "input_site": site.input_site,
+            "stored_bytes": fit.layer.stored_bytes(),
+            "bits": 8 * fit.layer.stored_bytes() / weights,
+            "rank": fit.layer.rank,
+            "loss": fit.loss,
+            "relative_loss": fit.relative_loss,
+            "ridge": fit.ridge,
+            "dead_channels": fit.dead_channels,
+            "tokens": self.curvatures.tokens(site),
+            "trace": [[step.sweep, step.step, step.relative_loss] for step in fit.trace],
+            "recipe": to_record(recipe),
+        }
+
+
+def side_by_side(
+    work: Callable[[T], R], items: Sequence[T], workers: int
+) -> Iterator[tuple[T, R]]:
+    """(item, work(item)) as they finish, `workers` at a time, torch on one thread in each.
+
+    One thread gives the same sums whatever the number of workers. After an error or an
+    interruption nothing new is begun.
+    """
+
+    def alone(item: T) -> R:
+        with threads(1):
+            return work(item)
+
+    with ThreadPoolExecutor(max(1, min(workers, len(items)))) as pool:
+        futures = {pool.submit(alone, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's own threads for the work inside; they are a property of the calling thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
