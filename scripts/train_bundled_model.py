@@ -1,4 +1,4 @@
-"""Train the bundled model from the text every CPython carries. Seeded; about 40 minutes on one core.
+"""Train the bundled model from the text every CPython carries. Seeded; 40 minutes on one core.
 
     MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0 python scripts/train_bundled_model.py OUT_DIR
 

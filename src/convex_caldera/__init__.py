@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from convex_caldera.workflow.api import Compressed as Compressed
     from convex_caldera.workflow.api import compress as compress
     from convex_caldera.workflow.evaluating import evaluate_models as evaluate_models
-    from convex_caldera.workflow.verifying import verify_directory as verify
+    from convex_caldera.workflow.verifying import verify_directory as verify_directory
 
 __version__ = "0.1.0"
 

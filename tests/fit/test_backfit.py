@@ -1,4 +1,4 @@
-"""T6 and the golden CALDERA case: kept loss is the least of the trace; seeded figures within 2 %."""
+"""T6 and the golden CALDERA case: the least loss is kept; seeded figures within 2 %."""
 
 import pytest
 import torch

@@ -74,7 +74,7 @@ def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: 
     damped = Problem(problem.W, hessian, layer, output)
     inner, transforms = _enter(damped, recipe, seed, layer, site)
     terms, trace = backfit(inner, recipe)
-    compressed = CompressedLayer(tuple(problem.W.shape), terms, transforms)
+    compressed = CompressedLayer((problem.W.shape[0], problem.W.shape[1]), terms, transforms)
     W_hat = compressed.decode()
     return Fit(
         layer=compressed,

@@ -99,7 +99,7 @@ def _code_right(R: Tensor, unit_upper: Tensor | None, coding: FactorCoding) -> t
 
 
 def _code_left(L: Tensor, gram: Tensor, coding: FactorCoding) -> tuple[Coded, Tensor]:
-    """Round L^T (r, m); with feedback its row groups, the components, are fed each other's error."""
+    """Round L^T (r, m); with feedback its rows, the components, are fed each other's error."""
     transposed = L.T.contiguous()
     fitted = coding.quantizer.fit(transposed)
     if not coding.feedback:
@@ -109,10 +109,10 @@ def _code_left(L: Tensor, gram: Tensor, coding: FactorCoding) -> tuple[Coded, Te
     G = gram.double()
     G = G + 1e-6 * float(G.diagonal().mean()) * torch.eye(len(G), dtype=G.dtype, device=G.device)
     U = block_unit_upper(G, rows, "R H R^T").to(L.dtype)
-    error, codes = torch.zeros_like(transposed), []
+    error, pieces = torch.zeros_like(transposed), []
     for i in range(0, len(transposed), rows):
         part = slice(i, min(i + rows, len(transposed)))
         sub = fitted.take_rows(part)
-        codes.append(sub.encode(transposed[part] + U[:i, part].T @ error[:i]))
-        error[part] = transposed[part] - sub.decode(codes[-1]).to(L.dtype)
-    return Coded(torch.cat(codes), fitted), (transposed - error).T
+        pieces.append(sub.encode(transposed[part] + U[:i, part].T @ error[:i]))
+        error[part] = transposed[part] - sub.decode(pieces[-1]).to(L.dtype)
+    return Coded(torch.cat(pieces), fitted), (transposed - error).T

@@ -3,12 +3,12 @@
     penalty:      min_Z  1/2 tr((A - Z) H (A - Z)^T) + mu ||Z||_*
     constrained:  min_Z  1/2 tr((A - Z) H (A - Z)^T)   s.t.  ||Z||_* <= tau
 
-by accelerated proximal steps (linalg/proximal.py). With E = scale (A - Z) and Y = E H,
+by accelerated proximal steps (linalg/proximal.py). For any E, with Y = E H,
 
     <Y, A> - 1/2 tr(E H E^T)   [ - tau ||Y||_2 ]        provided  ||Y||_2 <= mu   [no proviso]
 
-is a lower bound; the norm of Y is bounded from above by a Cholesky factorization. Nothing is
-inverted, so singular H is fine. The solution is shrunk; once its rank is known, `debias` refits
+is a lower bound; we take E = A - Z, sharpened (linalg/dual_norm.py), and bound the norm of Y
+from above by a Cholesky factorization. Nothing is inverted, so singular H is fine. The solution is shrunk; once its rank is known, `debias` refits
 that rank without shrinkage, which is the projection of fit/low_rank.py.
 
 For H = I these are singular value thresholding and projection on the nuclear ball.
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.low_rank import fit_low_rank
+from convex_caldera.linalg.dual_norm import equalize, spectral_norm_bound
 from convex_caldera.linalg.proximal import Iterate, descend
-from convex_caldera.linalg.thresholding import Factored, Thresholder, spectral_norm_bound
+from convex_caldera.linalg.thresholding import Factored, Thresholder
 
 CHECK_EVERY = 4
 MOST_STEPS = 2000
@@ -161,19 +162,21 @@ class _Fit:
         return primal - dual <= self.tol * abs(primal)
 
     def values(self, iterate: Iterate) -> tuple[float, float]:
-        """Primal value, and the dual value at the best admissible scale."""
+        """Primal value, and the dual value of the sharpened and scaled residual."""
         point: _Point = iterate.smooth
-        square = float((point.E * point.Y).sum())
-        inner = float((self.A * point.Y).sum())
-        norm = spectral_norm_bound(point.Y)
+        factors = iterate.factors[0]
+        primal = 0.5 * float((point.E * point.Y).sum())
+        correction = equalize(point.Y, factors.V, factors.S, self.mu)
+        E, Y = correction.unscaled(point.E), correction.unscaled(point.Y)
+        square, inner = float((E * Y).sum()), float((self.A * Y).sum())
+        norm, most = spectral_norm_bound(Y), 1.0
         if self.mu is not None:
-            primal = 0.5 * square + self.mu * iterate.factors[0].nuclear_norm
+            primal += self.mu * factors.nuclear_norm
             most = self.mu / norm if norm > 0 else 1.0
         else:
             assert self.tau is not None
-            primal, most = 0.5 * square, 1.0
             inner -= self.tau * norm
-        scale = max(0.0, min(1.0, most, inner / square if square > 0 else 1.0))
+        scale = max(0.0, min(most, inner / square if square > 0 else 1.0))
         return primal, scale * inner - 0.5 * scale * scale * square
 
     def result(self, iterate: Iterate, steps: int) -> NuclearFit:

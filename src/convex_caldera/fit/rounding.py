@@ -110,7 +110,9 @@ def encode_tiles(
     """(codes, values) of tiles at (rows, columns); in one call where the place does not matter."""
     alike = len({goal.shape for goal in goals}) == 1 and len(goals) > 1
     if not (alike and fitted.position_free):
-        return [_encode_tile(fitted, goal, place) for goal, place in zip(goals, places, strict=True)]
+        return [
+            _encode_tile(fitted, goal, place) for goal, place in zip(goals, places, strict=True)
+        ]
     height = goals[0].shape[0]
     stacked = fitted.take_rows(slice(0, height * len(goals)))
     codes = stacked.encode(torch.cat(goals), 0)

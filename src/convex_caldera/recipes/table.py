@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from convex_caldera.errors import RecipeError
+from convex_caldera.recipes.convex import convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.ladder import Method
 from convex_caldera.recipes.lattice import caldera_ladder, quip_sharp_ladder
-from convex_caldera.recipes.convex import convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.scalar import gptq_ladder, normal_float_ladder, rtn_ladder
 
 METHODS: dict[str, Method] = {

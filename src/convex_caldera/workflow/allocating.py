@@ -22,7 +22,6 @@ from convex_caldera.allocate.plan import allocate
 from convex_caldera.allocate.surrogate import Allocation, RateModel, fit_decay, solve_surrogate
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError
-from convex_caldera.models.sites import Site
 from convex_caldera.recipes.convex import (
     BIT_STEP,
     LEAST_BITS,
@@ -30,7 +29,7 @@ from convex_caldera.recipes.convex import (
     convex_caldera_recipe,
     menu_ranks,
 )
-from convex_caldera.recipes.records import canonical_json, to_record
+from convex_caldera.recipes.records import canonical_json
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.certifying import certificate_of
 from convex_caldera.workflow.fitting import Fitter, side_by_side
@@ -62,9 +61,7 @@ class Choice:
 class Allocator:
     """One allocation: what is measured, what is proposed, what is decided."""
 
-    def __init__(
-        self, job: Job, fitter: Fitter, run: PartialRun, progress: Progress, workers: int
-    ):
+    def __init__(self, job: Job, fitter: Fitter, run: PartialRun, progress: Progress, workers: int):
         self.job, self.fitter, self.run = job, fitter, run
         self.progress, self.workers = progress, workers
         self.sites = {site.name: site for site in job.sites}
@@ -134,9 +131,7 @@ class Allocator:
         record = measured.record(_key(name, choice))
         return float(record["loss"] if self.unit == "nats" else record["relative_loss"])
 
-    def _rate_model(
-        self, measured: PartialRun, name: str, probes: list[Choice]
-    ) -> RateModel:
+    def _rate_model(self, measured: PartialRun, name: str, probes: list[Choice]) -> RateModel:
         """c and k from the two rates; what the probed rank saves, at what it costs."""
         low, high = probes[0], probes[min(1, len(probes) - 1)]
         at_low = max(self._distortion(measured, name, low), 1e-300)
@@ -173,7 +168,9 @@ class Allocator:
         budget = 8 * self.job.budget.compressed_bytes - side
         least = sum(model.bits[0] * model.weights for model in models)
         solution = solve_surrogate(models, max(float(budget), least))
-        return Proposal(tuple(models), solution, dict(zip(self.sites, range(len(models)), strict=True)))
+        return Proposal(
+            tuple(models), solution, dict(zip(self.sites, range(len(models)), strict=True))
+        )
 
     def _menu(self, name: str, proposal: Proposal) -> list[Choice]:
         """Rates around the proposal, with the probed rank where the program buys one."""

@@ -56,7 +56,8 @@ def _statement(integer: IntegerPlan, unit: str) -> str:
     gap = 100 * integer.plan_gap
     return (
         "Proves: the file is within its byte budget, and among all plans that choose one of the "
-        f"measured options per layer within it, none has less than {integer.bound:.6g} {UNITS[unit]}; "
+        f"measured options per layer within it, none has less than {integer.bound:.6g} "
+        f"{UNITS[unit]}; "
         f"this one has {integer.distortion:.6g} (gap {gap:.4f} %). Does not prove: that the "
         "prediction equals the model's measured loss, or that options which were not measured "
         "are worse."

@@ -239,9 +239,7 @@ def _summary(
     )
 
 
-def _allocation_summary(
-    certificate: dict[str, Any], records: dict[str, Any]
-) -> dict[str, Any]:
+def _allocation_summary(certificate: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     """The figures of the plan that scripts rely on."""
     plan, surrogate = certificate["plan"], certificate["surrogate"]
     return {
@@ -252,7 +250,11 @@ def _allocation_summary(
         "unit": certificate["unit"],
         "surrogate_gap": surrogate["gap"] if surrogate else None,
         "layers": {
-            name: {"bits": records[name]["bits"], "rank": entry["rank"], "distortion": entry["loss"]}
+            name: {
+                "bits": records[name]["bits"],
+                "rank": entry["rank"],
+                "distortion": entry["loss"],
+            }
             for name, entry in certificate["layers"].items()
         },
     }

@@ -118,7 +118,11 @@ def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
     largest = max((s.shape[0] * s.shape[1] for s in skeleton.sites), default=0)
     widest = max(widths.values(), default=0)
     hidden = skeleton.model.config.get_text_config().hidden_size
-    tokens = settings.nsamples * settings.seqlen if method_named(settings.method).curvature != "none" else 0
+    tokens = (
+        settings.nsamples * settings.seqlen
+        if method_named(settings.method).curvature != "none"
+        else 0
+    )
     return {
         "libraries": LIBRARIES_BYTES,
         "one block": itemsize * block,

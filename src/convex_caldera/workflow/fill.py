@@ -2,8 +2,9 @@
 
 What a method without an allocator does at a byte budget: every layer takes its highest rung
 within one common number of bits per weight, the largest that all can afford together; what is
-left lifts layers to the next rung one after another, in an order that spreads them over depth and matrix types (van der Corput order of the list, which
-depends on positions only). This is the baseline that an allocation has to beat.
+left lifts layers to the next rung one after another, in an order that spreads them over depth
+and matrix types (van der Corput order of the list, which depends on positions only). This is the
+baseline that an allocation has to beat.
 """
 
 from __future__ import annotations

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from convex_caldera.workflow.compress import Job
 
 
-def finish(
-    job: Job, plan: Plan, certificate: dict[str, Any] | None, run: PartialRun
-) -> Container:
+def finish(job: Job, plan: Plan, certificate: dict[str, Any] | None, run: PartialRun) -> Container:
     """Assemble the directory; nothing in it depends on time, place or machine."""
     names = [site.name for site in job.sites]
     settings = job.settings.published()

@@ -54,9 +54,7 @@ class Fitter:
         }
 
 
-def side_by_side(
-    work: Callable[[T], R], items: Sequence[T], workers: int
-) -> Iterator[tuple[T, R]]:
+def side_by_side(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[T, R]]:
     """(item, work(item)) as they finish, `workers` at a time, torch on one thread in each.
 
     One thread gives the same sums whatever the number of workers. After an error or an

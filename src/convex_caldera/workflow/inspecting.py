@@ -40,7 +40,8 @@ class Inspection:
         ]
         totals = self.totals
         return (
-            f"{plain_table(HEADINGS, cells)}\n\n{totals['method']}: {totals['file_bytes']:,} bytes, "
+            f"{plain_table(HEADINGS, cells)}\n\n"
+            f"{totals['method']}: {totals['file_bytes']:,} bytes, "
             f"{totals['bits_per_compressed_weight']:.4f} bits per compressed weight, "
             f"{totals['bits_per_weight']:.4f} per all weights"
         )
