@@ -44,7 +44,8 @@ def recompute(instance: Instance, found: ProgramSolution) -> tuple[float, float]
         E = W - left @ right - R
         q = max(np.sum(R * R) / instance.kappa[g], instance.c[g] * math.exp(-instance.k[g] * b))
         primal += 0.5 * np.sum((E @ H) * E) + instance.lam[g] * q
-        E = found.dual_scales[g] * E
+        dual_left, weights = found.duals[g].left.numpy(), found.duals[g].weights.numpy()
+        E = found.duals[g].scale * (E - (dual_left * weights) @ (dual_left.T @ E))
         Y = E @ H
         norm = np.linalg.norm(Y, 2)
         dual += np.sum(Y * W) - 0.5 * np.sum(Y * E)

@@ -20,7 +20,8 @@ What is proved. Any nu >= 0, 0 <= s_g <= lambda_g / kappa_g and matrices E_g bou
 
 provided ||Y_g||_2 <= mu_g (constrained: minus tau_g ||Y_g||_2 instead). V = E C gives the form of
 the literature; with E no root of H is needed, neither here nor in a checker. We take
-E_g = scale_g (W_g - Z_g - R_g), so the certificate is the solution itself, nu, s and scale. The
+E_g = W_g - Z_g - R_g with the leading singular values of Y_g set to mu_g (linalg/dual_norm.py), a
+correction of low rank from the left, so the certificate is the solution, nu, s and that. The
 norm of Y_g is bounded from above by a Cholesky factorization, never by a power iteration alone.
 A descent stopped early gives a feasible point and a valid bound that lie further apart.
 
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,9 @@ from convex_caldera.allocate.price import Rates, Settled, rate_value, saturation
 from convex_caldera.allocate.program_input import Numbers, eigenbases, read_numbers
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import InfeasibleBudgetError
+from convex_caldera.linalg.dual_norm import DualCorrection, equalize, spectral_norm_bound
 from convex_caldera.linalg.proximal import Iterate, descend
-from convex_caldera.linalg.thresholding import Factored, Thresholder, spectral_norm_bound
+from convex_caldera.linalg.thresholding import Factored, Thresholder
 
 CHECK_EVERY = 4  # steps between dual bounds; one costs about as much as a step
 MOST_STEPS = 2000
@@ -62,8 +64,8 @@ class ProgramSolution:
         low_rank: (left (m, r), right (r, n)) with Z = left right, balanced, so that
             ||Z||_* = (||left||_F^2 + ||right||_F^2) / 2.
         residual: R_g (m, n).
-        multipliers: s_g. dual_scales: scale_g in [0, 1], so that
-            E_g = scale_g (W_g - left right - R_g) is the dual matrix.
+        multipliers: s_g. duals: (scale_g, left (m, r), weights (r,)); the dual matrix is
+            E_g = scale_g (E0 - left diag(weights) left^T E0), E0 = W_g - Z_g - R_g.
         status: "optimal" (gap <= tol) or "stopped" (ran out of steps; the gap says how far).
         steps: accelerated steps taken.
     """
@@ -77,7 +79,7 @@ class ProgramSolution:
     low_rank: tuple[tuple[Tensor, Tensor], ...]
     residual: tuple[Tensor, ...]
     multipliers: tuple[float, ...]
-    dual_scales: tuple[float, ...]
+    duals: tuple[DualCorrection, ...]
     status: str
     steps: int
 
@@ -88,7 +90,7 @@ class ProgramSolution:
     def dual_matrix(self, g: int, W: Tensor) -> Tensor:
         """E_g (m, n) of the bound above, for the same W_g that was solved."""
         left, right = self.low_rank[g]
-        return self.dual_scales[g] * (W.double() - left @ right - self.residual[g])
+        return self.duals[g].apply(W.double() - left @ right - self.residual[g])
 
 
 def solve_program(
@@ -161,12 +163,21 @@ class _Point:
 
 
 @dataclass(frozen=True, eq=False)
-class _Bound:
-    """A feasible point's value and a dual value, with the scales that make the dual feasible."""
+class _GroupBound:
+    """One group's terms of both values, and its dual matrix."""
 
     primal: float
     dual: float
-    scales: tuple[float, ...]
+    correction: DualCorrection
+
+
+@dataclass(frozen=True, eq=False)
+class _Bound:
+    """A feasible point's value and a dual value, with the dual matrices."""
+
+    primal: float
+    dual: float
+    corrections: tuple[DualCorrection, ...]
     iterate: Iterate
 
     @property
@@ -224,36 +235,37 @@ class _Descent:
         q = np.maximum(
             point.settled.energy / self.rates.kappa, self.rates.distortion(point.settled.bits)
         )
-        primal = sum(part[0] for part in parts) + float(self.rates.lam @ q)
+        primal = sum(part.primal for part in parts) + float(self.rates.lam @ q)
         rate = float(rate_value(self.rates, s, nu).sum()) - nu * self.rates.budget
-        dual = sum(part[1] for part in parts) + rate
-        bound = _Bound(primal, dual, tuple(part[2] for part in parts), iterate)
+        dual = sum(part.dual for part in parts) + rate
+        bound = _Bound(primal, dual, tuple(part.correction for part in parts), iterate)
         if self.best is None or bound.gap < self.best.gap:
             self.best = bound
         return bound
 
-    def _group(self, g: int, iterate: Iterate, point: _Point) -> tuple[float, float, float]:
-        """Primal terms of Z and R, dual terms of Y, and the dual scale of group g."""
+    def _group(self, g: int, iterate: Iterate, point: _Point) -> _GroupBound:
+        """Primal terms of Z and the misfit, dual terms of Y, and what makes Y feasible."""
         A, weight, factors = point.residuals[g], point.weights[g], iterate.factors[g]
-        Y = A * weight
-        inner = float((Y * self.W[g]).sum())
-        # 1/2 tr(E H E^T) + ||Y||^2 / (4 s) = 1/2 sum Y^2 / H_s = 1/2 <Y, W - Z>.
-        square = float((Y * A).sum())
         s = float(point.settled.s[g])
-        share = torch.where(weight > 0, 2.0 * s / (2.0 * s + self.h[g]), 1.0 if s > 0 else 0.0)
-        misfit = 0.5 * float(((A * share).square() * self.h[g]).sum())
-        norm = spectral_norm_bound(Y)
-        if self.mu is not None:
-            limit = 1.0 if norm == 0 else float(self.mu[g]) / norm
-            best = inner / square if square > 0 else 1.0
-            scale = max(0.0, min(1.0, limit, best))
-            penalty, norm_term = float(self.mu[g]) * factors.nuclear_norm, 0.0
-        else:
-            norm_term = float(self.tau[g]) * norm
-            best = (inner - norm_term) / square if square > 0 else 1.0
-            scale, penalty = max(0.0, min(1.0, best)), 0.0
-        dual = scale * (inner - norm_term) - 0.5 * scale * scale * square
-        return misfit + penalty, dual, scale
+        # E = W - Z - R = (W - Z) 2 s / (2 s + h); where h = 0 it may be anything, R is zero there.
+        share = torch.where(weight > 0, 2.0 * s / (2.0 * s + self.h[g]), 0.0)
+        primal = 0.5 * float(((A * share).square() * self.h[g]).sum())
+        mu = None if self.mu is None else float(self.mu[g])
+        if mu is not None:
+            primal += mu * factors.nuclear_norm
+        Y = A * weight
+        correction = equalize(Y, factors.V, factors.S, mu)
+        Y, A = correction.unscaled(Y), correction.unscaled(A)
+        # 1/2 tr(E H E^T) + ||Y||^2 / (4 s) = 1/2 sum Y^2 / H_s = 1/2 <Y, P (W - Z)>.
+        inner, square = float((Y * self.W[g]).sum()), float((Y * A).sum())
+        norm, most = spectral_norm_bound(Y), 1.0
+        if mu is None:
+            inner -= float(self.tau[g]) * norm
+        elif norm > 0:
+            most = mu / norm
+        scale = max(0.0, min(most, inner / square if square > 0 else 1.0))
+        dual = scale * inner - 0.5 * scale * scale * square
+        return _GroupBound(primal, dual, replace(correction, scale=scale))
 
     def solution(self, Q: list[Tensor | None], steps: int) -> ProgramSolution:
         """The best certified point, back in the original coordinates."""
@@ -278,7 +290,7 @@ class _Descent:
             tuple(low_rank),
             tuple(residual),
             tuple(point.settled.s.tolist()),
-            best.scales,
+            best.corrections,
             "optimal" if best.gap <= self.tol else "stopped",
             steps,
         )

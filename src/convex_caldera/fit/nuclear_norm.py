@@ -8,8 +8,9 @@ by accelerated proximal steps (linalg/proximal.py). For any E, with Y = E H,
     <Y, A> - 1/2 tr(E H E^T)   [ - tau ||Y||_2 ]        provided  ||Y||_2 <= mu   [no proviso]
 
 is a lower bound; we take E = A - Z, sharpened (linalg/dual_norm.py), and bound the norm of Y
-from above by a Cholesky factorization. Nothing is inverted, so singular H is fine. The solution is shrunk; once its rank is known, `debias` refits
-that rank without shrinkage, which is the projection of fit/low_rank.py.
+from above by a Cholesky factorization. Nothing is inverted, so singular H is fine. The solution
+is shrunk; once its rank is known, `debias` refits that rank without shrinkage, which is the
+projection of fit/low_rank.py.
 
 For H = I these are singular value thresholding and projection on the nuclear ball.
 """
