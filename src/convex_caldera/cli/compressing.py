@@ -17,6 +17,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(compress)
     app.command()(plan)
     app.command()(calibrate)
+    app.command()(allocate)
     app.command()(demo)
 
 
@@ -38,6 +39,10 @@ def compress(
     dtype: opt.DType = None,
     ignore: opt.Ignore = None,
     pin: opt.Pin = None,
+    tie: opt.Tie = None,
+    bits_menu: opt.BitsMenu = None,
+    rank_menu: opt.RankMenu = None,
+    curvature: opt.Curvature = None,
     allow_short: opt.AllowShort = None,
     config: opt.Config = None,
     workers: Annotated[
@@ -54,7 +59,8 @@ def compress(
         opt.given(
             model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
             factor_bits=factor_bits, group_size=group_size, dataset=dataset, nsamples=nsamples,
-            seqlen=seqlen, seed=seed, device=device, dtype=dtype, ignore=ignore, pin=pin,
+            seqlen=seqlen, seed=seed, device=device, dtype=dtype, ignore=ignore, pin=pin, tie=tie,
+            bits_menu=bits_menu, rank_menu=rank_menu, curvature=curvature,
             allow_short=allow_short,
         ),
     )  # fmt: skip
@@ -124,6 +130,22 @@ def calibrate(
         record = calibrate_to(settings, output_dir, progress=progress)
     print(f"{record['sites']} input sites, {record['tokens']} tokens -> {output_dir}")
     opt.write_json(json, record)
+
+
+def allocate(
+    curves: Annotated[Path, typer.Argument(help="Saved curves, JSON (docs/certificate.md).")],
+    budget: Annotated[int | None, typer.Option("--budget", help="Total stored bits.")] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Every plan of the frontier.")
+    ] = False,
+    json: opt.Json = None,
+) -> None:
+    """The solver alone: one option per layer from saved curves, with a bound anyone can recheck."""
+    from convex_caldera.workflow.solving import solve_curves
+
+    result = solve_curves(curves, budget, frontier)
+    print(result.text())
+    opt.write_json(json, result.to_dict())
 
 
 def demo(

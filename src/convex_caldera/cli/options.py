@@ -62,6 +62,24 @@ Pin = Annotated[
     list[str] | None,
     typer.Option("--pin", help='Fix layers: "pattern=bits:4,rank:0". May be repeated.'),
 ]
+Curvature = Annotated[
+    str | None,
+    typer.Option(
+        "--curvature",
+        help="What rounding sees: none, input (second moments) or kronecker (the model's loss).",
+    ),
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option("--tie", help='Kinds that share a format in each block: "q_proj,k_proj,v_proj".'),
+]
+BitsMenu = Annotated[
+    str | None,
+    typer.Option("--bits-menu", help="Rates that allocation may choose, such as 1.5,2,2.5,3,4."),
+]
+RankMenu = Annotated[
+    str | None, typer.Option("--rank-menu", help="Ranks that it may choose, such as 0,8,16.")
+]
 AllowShort = Annotated[
     bool | None, typer.Option("--allow-short", help="Accept a calibration text that is too short.")
 ]

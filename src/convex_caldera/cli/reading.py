@@ -30,7 +30,9 @@ def evaluate(
         str, typer.Option(help="Held-out text: a file, or bundled[:split].")
     ] = "bundled:test",
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    stride: Annotated[int, typer.Option(help="Tokens between windows.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows; the window unless given.")
+    ] = None,
     bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = True,
     max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.")] = None,
     device: opt.Device = None,

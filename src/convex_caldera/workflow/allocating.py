@@ -35,6 +35,7 @@ from convex_caldera.workflow.certifying import certificate_of
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes, ties_of, wishes_of
 from convex_caldera.workflow.progress import Progress
+from convex_caldera.workflow.settings import parse_menu
 
 if TYPE_CHECKING:
     from convex_caldera.workflow.compress import Job
@@ -79,7 +80,7 @@ class Allocator:
             proposal = self._propose(measured, probes)
             menus = {name: self._menu(name, proposal) for name in self.sites}
             self._measure(measured, menus, "measure")
-            offered = {name: sorted({*menus[name], *probes[name]}) for name in self.sites}
+            offered = {name: self._offered(menus[name], probes[name]) for name in self.sites}
             curves = self._curves(measured, offered)
             plan, integer = self._decide(curves, offered)
             self._store(measured, integer, offered)
@@ -103,8 +104,12 @@ class Allocator:
         if wishes.rank is not None:
             rank = min(wishes.rank, *self.sites[name].shape)
             return [Choice(low, rank), Choice(high, rank)]
-        ranks = menu_ranks(self.sites[name].shape, wishes.factor_bits)
-        return [Choice(low), Choice(high), *(Choice(low, r) for r in ranks[2:3])]
+        ranks = [rank for rank in self._ranks([name]) if rank > 0]
+        return [
+            Choice(low),
+            Choice(high),
+            *(Choice(low, r) for r in ranks[: len(ranks) // 2 + 1][-1:]),
+        ]
 
     def _measure(
         self, measured: PartialRun, wanted: Mapping[str, Iterable[Choice]], stage: str
@@ -180,14 +185,39 @@ class Allocator:
         members = next((tie for tie in self.ties if name in tie), (name,))
         total = sum(self.weights[member] for member in members)
         centre = sum(self.weights[m] * proposal.bits(m) for m in members) / total
-        buys = any(proposal.factor_bits(m) > 0 for m in members)
-        shapes = [self.sites[m].shape for m in members]
-        fixed = None if wishes.rank is None else min(wishes.rank, *self.sites[name].shape)
-        ranks = [fixed or 0]
-        if fixed is None and buys:
-            ranks += [min(menu_ranks(shape, wishes.factor_bits)[-2] for shape in shapes)]
-        grid = {_on_grid(centre + step) for step in NEIGHBOURS}
+        grid = self._rates_near(centre)
+        if wishes.rank is not None:
+            ranks = [min(wishes.rank, *self.sites[name].shape)]
+        elif self.job.settings.rank_menu is not None or self._buys_rank(members, proposal):
+            ranks = self._ranks(members)
+        else:
+            ranks = [0]
         return [Choice(bits, rank) for rank in ranks for bits in sorted(grid)]
+
+    def _buys_rank(self, members: Iterable[str], proposal: Proposal) -> bool:
+        return any(proposal.factor_bits(member) > 0 for member in members)
+
+    def _ranks(self, members: Iterable[str]) -> list[int]:
+        """Ranks on offer for layers that share a format: 0 and those whose cost is small."""
+        shapes = [self.sites[member].shape for member in members]
+        most = min(min(shape) for shape in shapes)
+        if self.job.settings.rank_menu is not None:
+            return sorted({min(int(r), most) for r in parse_menu(self.job.settings.rank_menu)})
+        return list(min(menu_ranks(s, self.job.settings.factor_bits)[:3] for s in shapes))
+
+    def _offered(self, menu: list[Choice], probes: list[Choice]) -> list[Choice]:
+        """The options that the plan may choose: a menu that the user gave, else all measured."""
+        settings = self.job.settings
+        if menu and (settings.bits_menu is not None or settings.rank_menu is not None):
+            return sorted(set(menu))
+        return sorted({*menu, *probes})
+
+    def _rates_near(self, centre: float) -> set[float]:
+        """Rates around a proposal; of a menu that the user gave, the nearest few."""
+        if self.job.settings.bits_menu is None:
+            return {_on_grid(centre + step) for step in NEIGHBOURS}
+        menu = {_on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu)}
+        return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[: len(NEIGHBOURS)])
 
     def _curves(self, measured: PartialRun, offered: Mapping[str, list[Choice]]) -> Curves:
         groups = tuple(

@@ -45,7 +45,7 @@ def evaluate_models(
     text: str,
     *,
     window: int = 512,
-    stride: int = 512,
+    stride: int | None = None,
     bos: bool = True,
     max_tokens: int | None = None,
     device: str = "cpu",

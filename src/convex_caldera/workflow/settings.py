@@ -52,6 +52,8 @@ class Settings(BaseModel):
     allow_short: bool = False
     curvature: Literal["auto", "none", "input", "kronecker"] = "auto"
     tie: tuple[str, ...] = ()
+    bits_menu: str | None = None
+    rank_menu: str | None = None
 
     @model_validator(mode="after")
     def _one_budget(self) -> Settings:
@@ -62,6 +64,9 @@ class Settings(BaseModel):
             parse_size(self.size)
         if self.ratio is not None:
             parse_ratio(self.ratio)
+        for menu in (self.bits_menu, self.rank_menu):
+            if menu is not None:
+                parse_menu(menu)
         return self
 
     @property
@@ -111,6 +116,18 @@ def parse_size(text: str) -> int:
     if match is None or match[2].lower() not in _UNITS or float(match[1]) <= 0:
         raise RecipeError(f"size {text!r} is not a number of bytes such as 1.5GB or 700MiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_menu(text: str) -> tuple[float, ...]:
+    """The numbers of "2,2.5,3", sorted.
+
+    Raises:
+        RecipeError: not a list of numbers >= 0.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(re.fullmatch(r"[0-9]*\.?[0-9]+", part) for part in parts):
+        raise RecipeError(f"menu {text!r} is not a list of numbers such as 2,2.5,3")
+    return tuple(sorted({float(part) for part in parts}))
 
 
 def parse_ratio(text: str) -> float:
