@@ -64,12 +64,8 @@ def test_recipe_reads_itself_back(recipe: Recipe) -> None:
 def test_every_quantizer_and_transform_can_be_recorded() -> None:
     for kind, cls in {**quantizers.TABLE, **transforms.TABLE}.items():
         assert cls.kind == kind
-        for bits in (2, 3, 4, None):
-            try:
-                value = cls() if bits is None else cls(bits)
-            except TypeError:
-                continue
-            assert from_record(to_record(value)) == value
+        value = cls(2) if kind in ("e8p", "uniform", "normal_float") else cls()
+        assert from_record(to_record(value)) == value
 
 
 def test_whole_numbers_from_toml_become_floats() -> None:

@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 
-from convex_caldera import transforms
+from convex_caldera import quantizers, transforms
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import FormatError, ShapeError
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.normal_float import NormalFloat
+from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 from convex_caldera.runtime import CompressedLinear
 from convex_caldera.runtime.kernels import REFERENCE, TABLE, reference
@@ -131,6 +133,9 @@ QUANTIZERS = {
     "e8p3": E8P(3),
     "e8p4": E8P(4),
     **{f"uniform{b}": Uniform(b, group_size=16, search=False) for b in (1, 2, 3, 5, 8)},
+    "nf3": NormalFloat(3, group_size=8),
+    "trellis": Trellis(2.0, 6),
+    "chained trellis": Trellis(1.5, 6, chain=2, row_scales=True),
     "per row": Uniform(3, group_size=0, symmetric=True, search=False),
 }
 
@@ -149,3 +154,13 @@ def test_kernels_agree_with_decoding(
     torch.testing.assert_close(kernel.transposed(coded.fitted, packed, y), y @ W, **TOLERANCE)
     whole = torch.cat([values for _, values in reference.decoded_slices(coded.fitted, packed)])
     assert torch.equal(whole, W)
+
+
+def test_unknown_packing_is_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(reference.PLANES) == set(quantizers.TABLE), "every kind has its row slices"
+    coded = code(Uniform(3, search=False), gaussian(37, 21))
+    monkeypatch.setattr(reference, "SLICE_VALUES", 16 * 21)
+    monkeypatch.setattr(reference, "PLANES", {})
+    packed = coded.fitted.pack(coded.codes)
+    whole = torch.cat([values for _, values in reference.decoded_slices(coded.fitted, packed)])
+    assert torch.equal(whole, coded.decode())

@@ -1,12 +1,12 @@
 """Products with a coded matrix, decoding a slice of rows at a time.
 
-A slice is decoded into a buffer that stays in cache, multiplied and forgotten; the whole matrix
-never exists. Where the packing of a quantizer is known to be row by row (`PLANES`), only the
-slice's bytes are unpacked; for others the codes are unpacked once per call.
+A slice is decoded into a buffer that stays in cache, multiplied and forgotten. This needs to know
+where the bytes of some rows are (`PLANES`); of other kinds the whole matrix is decoded per call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +20,32 @@ SLICE_VALUES = 1 << 18
 # Slices start at multiples of this many rows, so that whole bytes are cut from any bit width.
 ROW_STEP = 16
 
-# Bits per row in each consecutive plane of the packed codes, row-major within a plane.
-PLANES: dict[str, Callable[[Any], tuple[int, ...]]] = {
-    "uniform": lambda f: (f.shape[1] * f.quantizer.bits,),
-    "normal_float": lambda f: (f.shape[1] * f.quantizer.bits,),
-    "e8p": lambda f: tuple(
-        -(-f.shape[1] // 8) * 8 * stage for stage in (2, f.quantizer.bits - 2) if stage
-    ),
+# Consecutive planes of the packed codes: (bytes of ROW_STEP rows, bytes of the whole plane).
+Planes = tuple[tuple[int, int], ...]
+
+
+def _bit_stream(fitted: Any) -> Planes:
+    (m, n), bits = fitted.shape, fitted.quantizer.bits
+    return ((ROW_STEP * n * bits // 8, (m * n * bits + 7) // 8),)
+
+
+def _lattice(fitted: Any) -> Planes:
+    m, blocks = fitted.shape[0], -(-fitted.shape[1] // 8)
+    stages = (2, fitted.quantizer.bits - 2)
+    return tuple((ROW_STEP * blocks * size, m * blocks * size) for size in stages if size)
+
+
+def _tiles(fitted: Any) -> Planes:
+    full, rest = divmod(fitted.shape[1], ROW_STEP)
+    row = 2 * full * fitted.quantizer.sixteenths + -(-rest * fitted.quantizer.sixteenths // 8)
+    return ((row, -1),)
+
+
+PLANES: dict[str, Callable[[Any], Planes]] = {
+    "uniform": _bit_stream,
+    "normal_float": _bit_stream,
+    "e8p": _lattice,
+    "trellis": _tiles,
 }
 
 
@@ -49,31 +68,26 @@ def multiply_transposed(fitted: FittedQuantizer, packed: Tensor, y: Tensor) -> T
 def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of rows and their decoded values (rows, n), float32, in order."""
     m, n = fitted.shape
-    step = max(SLICE_VALUES // (n * ROW_STEP), 1) * ROW_STEP
-    planes = PLANES.get(fitted.quantizer.kind)
-    codes = None if planes else fitted.unpack(packed)
+    if fitted.quantizer.kind not in PLANES:
+        yield slice(0, m), fitted.decode(fitted.unpack(packed))
+        return
+    planes = PLANES[fitted.quantizer.kind](fitted)
+    unit = math.lcm(ROW_STEP, fitted.row_block)
+    step = max(SLICE_VALUES // (n * unit), 1) * unit
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         piece = fitted.take_rows(rows)
-        if planes is not None:
-            part = piece.unpack(slice_packed(packed, planes(fitted), m, rows))
-        else:
-            part = _code_rows(codes, fitted, rows)
-        yield rows, piece.decode(part)
+        yield rows, piece.decode(piece.unpack(slice_packed(packed, planes, rows, m)))
 
 
-def slice_packed(packed: Tensor, planes: tuple[int, ...], m: int, rows: slice) -> Tensor:
-    """The bytes of some rows; `rows.start` is a multiple of eight, `rows.stop` too or m."""
+def slice_packed(packed: Tensor, planes: Planes, rows: slice, m: int) -> Tensor:
+    """The bytes of some rows; `rows.start` is a multiple of ROW_STEP, `rows.stop` too or m."""
     pieces = []
     offset = 0
-    for bits in planes:
-        first, last = rows.start * bits // 8, (rows.stop * bits + 7) // 8
+    for step_bytes, plane_bytes in planes:
+        size = plane_bytes if plane_bytes >= 0 else packed.numel()
+        first = rows.start // ROW_STEP * step_bytes
+        last = size if rows.stop == m else rows.stop // ROW_STEP * step_bytes
         pieces.append(packed[offset + first : offset + last])
-        offset += (m * bits + 7) // 8
+        offset += size
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _code_rows(codes: Tensor | None, fitted: FittedQuantizer, rows: slice) -> Tensor:
-    assert codes is not None  # unpacked above for every kind without planes
-    block = fitted.row_block
-    return codes[rows.start // block : -(-rows.stop // block)]
