@@ -168,11 +168,11 @@ def test_frontier_points_are_optimal_plans_at_their_own_budget():
     curves = random_curves(5, 6, 21)
     front = frontier(curves)
     assert np.all(np.diff(front.bits) > 0)
-    assert np.all(np.diff(front.distortion) < 0)
-    assert np.all(np.diff(front.price) <= 0)
+    assert np.all(np.diff(front.distortions) < 0)
+    assert np.all(np.diff(front.prices) <= 0)
     for i in range(len(front)):
         plan = allocate(curves, int(front.bits[i]))
-        assert plan.distortion == pytest.approx(front.distortion[i], rel=1e-12)
+        assert plan.distortion == pytest.approx(front.distortions[i], rel=1e-12)
         assert plan.plan_gap == 0.0
         assert plan.choice == front.choice(i)
         assert plan.bits == front.bits[i]

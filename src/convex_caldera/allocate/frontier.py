@@ -22,14 +22,14 @@ class Frontier:
 
     Attributes:
         bits: (points,) total stored bits, int64, increasing.
-        distortion: (points,) total distortion, float64, decreasing.
-        price: (points,) slope of the segment that follows, distortion per bit; 0 at the end.
+        distortions: (points,) total distortion, float64, decreasing.
+        prices: (points,) slope of the segment that follows, distortion per bit; 0 at the end.
     """
 
     menus: Menus
     bits: Ints
-    distortion: Floats
-    price: Floats
+    distortions: Floats
+    prices: Floats
     _menu_of_segment: Ints
 
     def __len__(self) -> int:
@@ -55,14 +55,14 @@ class Frontier:
         their middle keeps the bound clear of rounding.
         """
         point = self.last_within(budget_bits)
-        after = float(self.price[point])
+        after = float(self.prices[point])
         if self.bits[point] == budget_bits and point > 0 and after > 0:
-            return 0.5 * (float(self.price[point - 1]) + after)
+            return 0.5 * (float(self.prices[point - 1]) + after)
         return after
 
     def points(self) -> list[dict[str, float]]:
         """The curve as JSON-able rows (bits, distortion, price), without the choices."""
-        rows = zip(self.bits.tolist(), self.distortion.tolist(), self.price.tolist(), strict=True)
+        rows = zip(self.bits.tolist(), self.distortions.tolist(), self.prices.tolist(), strict=True)
         return [{"bits": b, "distortion": d, "price": p} for b, d, p in rows]
 
 
