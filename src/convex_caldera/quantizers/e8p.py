@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError
-from convex_caldera.quantizers import e8p_search
+from convex_caldera.quantizers import e8p_pairs, e8p_points
 from convex_caldera.quantizers.groups import (
     check_columns,
     check_finite,
@@ -33,8 +33,8 @@ from convex_caldera.quantizers.groups import (
 # QuIP# code, lib/codebook; the joint ones minimize the distortion of N(0, 1), see
 # tests/quantizers/test_e8p.py for the figures.
 _CODEBOOK_SCALES = {2: (1.03, 1.0), 3: (0.98, 2.04), 4: (1.03, 3.45)}
-_JOINT_SCALES = {2: (1.03, 1.0), 3: (0.98, 2.04), 4: (0.90, 3.7)}
-_SECOND = {2: None, 3: e8p_search.BALL_STAGE, 4: e8p_search.E8P_STAGE}
+_JOINT_SCALES = {2: (1.03, 1.0), 3: (0.99, 1.77), 4: (0.90, 3.7)}
+_SECOND = {2: None, 3: e8p_pairs.BALL_STAGE, 4: e8p_pairs.E8P_STAGE}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class E8P:
     Args:
         bits: per weight; a code of 8 weights has 8 * bits bits.
         joint_scale: scales tuned for both stages together; False gives those of QuIP#'s code.
-        neighbors: how hard two stages search, 0 .. 7 (see `e8p_search`); decoding is the same.
+        neighbors: how hard two stages search, 0 .. 7 (see `e8p_pairs`); decoding is the same.
 
     Raises:
         RecipeError: other bits or neighbors.
@@ -126,17 +126,11 @@ class FittedE8P:
         check_finite(x, "the matrix to encode")
         padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 8))
         y = (padded / self._divisor(x.device)).reshape(-1, 8)
-        return self._points(y).view(x.shape[0], -1)
+        return _nearest(y, self.quantizer).view(x.shape[0], -1)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         """Values (m, d), float32: float32(scale * float32(q1 + float32(q2 / rho)))."""
-        second, rho = _SECOND[self.quantizer.bits], self.quantizer.scales[1]
-        flat = codes.reshape(-1)
-        if second is None:
-            points = e8p_search.decode_e8p(flat)
-        else:
-            points = e8p_search.decode_pairs(flat, second, rho)
-        points = points.view(codes.shape[0], -1)
+        points = _decode(codes.reshape(-1), self.quantizer).view(codes.shape[0], -1)
         width = min(points.shape[1], self.shape[1] - start)
         return points[:, :width] * self.scale.to(points.device)
 
@@ -172,12 +166,39 @@ class FittedE8P:
         scale = self.scale.to(device)
         return torch.where(scale > 0, scale, torch.inf)
 
-    def _points(self, y: Tensor) -> Tensor:
-        """Codes (N,) of y (N, 8) in units of the grid."""
-        second, rho = _SECOND[self.quantizer.bits], self.quantizer.scales[1]
+
+def _nearest(y: Tensor, quantizer: E8P) -> Tensor:
+    """Codes (N,) of y (N, 8) in units of the grid: compiled on the CPU, plain torch elsewhere."""
+    second, rho = _SECOND[quantizer.bits], quantizer.scales[1]
+    if y.device.type != "cpu":
         if second is None:
-            return e8p_search.nearest_e8p(y)
-        return e8p_search.nearest_pairs(y, second, rho, self.quantizer.neighbors)
+            return e8p_points.nearest_e8p(y)
+        return e8p_pairs.nearest_pairs(y, second, rho, quantizer.neighbors)
+    from convex_caldera.quantizers import e8p_kernels, e8p_pair_kernels
+
+    x = y.contiguous().numpy()
+    if second is None:
+        return torch.from_numpy(e8p_kernels.nearest_e8p(x))
+    codes = e8p_pair_kernels.nearest_pairs(x, second.bits, rho, quantizer.neighbors)
+    return torch.from_numpy(codes)
+
+
+def _decode(codes: Tensor, quantizer: E8P) -> Tensor:
+    """Points (N, 8) of combined codes (N,), float32, the same bits on every device."""
+    second, rho = _SECOND[quantizer.bits], quantizer.scales[1]
+    if second is None:
+        return _decode_e8p(codes)
+    first, rest = codes >> second.bits, codes & ((1 << second.bits) - 1)
+    fine = _decode_e8p(rest) if second.bits == 16 else e8p_points.decode_ball(rest)
+    return _decode_e8p(first) + fine * (1.0 / rho)
+
+
+def _decode_e8p(codes: Tensor) -> Tensor:
+    if codes.device.type != "cpu":
+        return e8p_points.decode_e8p(codes)
+    from convex_caldera.quantizers import e8p_kernels
+
+    return torch.from_numpy(e8p_kernels.decode(codes.contiguous().numpy()))
 
 
 def _to_bytes(codes: Tensor, width: int) -> Tensor:

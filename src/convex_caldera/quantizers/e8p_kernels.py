@@ -75,12 +75,18 @@ def signed_rows() -> NDArray[np.float32]:
     return np.ascontiguousarray(table, dtype=np.float32)
 
 
-def nearest(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def nearest_shifts(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The nearest point of either shift: codes (N, 2) for +1/4, -1/4, and squared distances.
 
     x is (N, 8), finite.
     """
     return _nearest(x, row_table(), shell_rows())
+
+
+def nearest_e8p(x: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Codes (N,) of the points nearest to x (N, 8), finite; ties go to the shift +1/4."""
+    codes, costs = nearest_shifts(x)
+    return np.where(costs[:, 1] < costs[:, 0], codes[:, 1], codes[:, 0])
 
 
 def decode(codes: NDArray[np.int64]) -> NDArray[np.float32]:

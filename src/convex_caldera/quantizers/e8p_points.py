@@ -10,7 +10,8 @@ the parity of the low byte is the shift (odd: -1/4), and with bit 0 toggled when
 `SIGN_BIT[i]` of the low byte negates coordinate i. Rows of odd sum have coordinate 7 negated
 to begin with. E81B is a 256-point ball of E8 itself, the second stage of the 3-bit quantizer.
 
-This file is the definition and the oracle: plain torch, any device. `e8p_kernels` is faster.
+This file is the definition and the oracle: plain torch, any device. `e8p_kernels` and
+`e81b_kernels` are faster.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 SIGN_BIT = (0, 4, 1, 5, 2, 6, 3, 7)
 SHIFT = 0.25
-_CHUNK = 1 << 14  # vectors per chunk of the (vectors, 256) cost matrix
+_CHUNK = 1 << 16  # vectors per chunk of the (vectors, 256) cost matrix
 
 # Rows 227 .. 255, squared norm 12: where the three 1/2 stand, the other five are 3/2
 # (appendix C.1 of the paper; any 29 of the 56 do, these are the ones in public checkpoints).
@@ -66,7 +67,7 @@ def decode_e8p(codes: Tensor) -> Tensor:
     return row * (1 - 2 * negate) + SHIFT * (1 - 2 * odd_shift)[..., None]
 
 
-def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_shifts(x: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest point of either shift to x (N, 8): codes (N, 2) for +1/4, -1/4, and costs.
 
     For each row the distance is sum (|y_i| - s_i)^2 with y = x - shift, plus the cheapest
@@ -78,6 +79,12 @@ def nearest_e8p(x: Tensor) -> tuple[Tensor, Tensor]:
     costs = [torch.cat([cost for _, cost in side]) for side in sides]
     # toggling bit 0 makes the low byte odd: the mark of the shift -1/4
     return torch.stack([codes[0], codes[1] ^ 1], 1), torch.stack(costs, 1)
+
+
+def nearest_e8p(x: Tensor) -> Tensor:
+    """Codes (N,), int64, of the points nearest to x (N, 8); ties go to the shift +1/4."""
+    codes, costs = nearest_shifts(x)
+    return torch.where(costs[:, 1] < costs[:, 0], codes[:, 1], codes[:, 0])
 
 
 def decode_ball(codes: Tensor) -> Tensor:

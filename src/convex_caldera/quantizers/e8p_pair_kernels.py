@@ -1,0 +1,131 @@
+"""The two-stage search of `e8p_pairs`, compiled for the CPU a cache-sized chunk at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from convex_caldera.quantizers import e8p_points
+from convex_caldera.quantizers.e8p_kernels import (
+    _decode,
+    _nearest,
+    row_table,
+    shell_rows,
+    signed_rows,
+)
+from convex_caldera.quantizers.e81b_kernels import _nearest as _nearest_ball
+from convex_caldera.quantizers.e81b_kernels import code_table
+
+_CHUNK = 512
+
+
+def nearest_pairs(
+    x: NDArray[np.float32], second_bits: int, rho: float, neighbors: int
+) -> NDArray[np.int64]:
+    """Codes (N,), first << second_bits | second, of x (N, 8); 8 bits is E81B, 16 is E8P."""
+    first_tables = (row_table(), shell_rows(), signed_rows())
+    ball_tables = (code_table(), e8p_points.ball_points().numpy())
+    gains = (np.float32(rho), np.float32(1.0 / rho))
+    return _nearest_pairs(x, second_bits, gains, neighbors, first_tables, ball_tables)
+
+
+@njit(cache=True, nogil=True)
+def _nearest_pairs(x, second_bits, gains, neighbors, first_tables, ball_tables):
+    codes = np.zeros(x.shape[0], dtype=np.int64)
+    for start in range(0, x.shape[0], _CHUNK):
+        part = x[start : start + _CHUNK]
+        best = codes[start : start + _CHUNK]
+        errors = np.full(part.shape[0], np.inf, dtype=np.float32)
+        shifts, _ = _nearest(part, first_tables[0], first_tables[1])
+        for side in range(2):
+            first = shifts[:, side].copy()
+            points = _decode(first, first_tables[2])
+            _try(part, first, points, second_bits, gains, first_tables, ball_tables, best, errors)
+            gaps = part - points
+            order = _descending(gaps, neighbors)
+            for j in range(1, neighbors + 1):
+                moved = _moved(points, gaps, order, j)
+                beside = _nearest_e8p(moved, first_tables)
+                decoded = _decode(beside, first_tables[2])
+                _put_back(beside, decoded, moved, first, points)
+                _try(
+                    part,
+                    beside,
+                    decoded,
+                    second_bits,
+                    gains,
+                    first_tables,
+                    ball_tables,
+                    best,
+                    errors,
+                )
+    return codes
+
+
+@njit(cache=True, nogil=True)
+def _try(x, first, points, second_bits, gains, first_tables, ball_tables, best, errors):
+    """Put the second stage behind the first points; keep what is nearer to x than `best`."""
+    left = (x - points) * gains[0]
+    if second_bits == 8:
+        second = _nearest_ball(left, ball_tables[0])
+    else:
+        second = _nearest_e8p(left, first_tables)
+        rest = _decode(second, first_tables[2])
+    for v in range(x.shape[0]):
+        error = np.float32(0)
+        for i in range(8):
+            q2 = ball_tables[1][second[v], i] if second_bits == 8 else rest[v, i]
+            miss = points[v, i] + q2 * gains[1] - x[v, i]
+            error += miss * miss
+        if error < errors[v]:
+            errors[v] = error
+            best[v] = first[v] << second_bits | second[v]
+
+
+@njit(cache=True, nogil=True)
+def _nearest_e8p(x, first_tables):
+    codes, costs = _nearest(x, first_tables[0], first_tables[1])
+    nearest = codes[:, 0].copy()
+    for v in range(x.shape[0]):
+        if costs[v, 1] < costs[v, 0]:
+            nearest[v] = codes[v, 1]
+    return nearest
+
+
+@njit(cache=True, nogil=True)
+def _descending(gaps, neighbors):
+    """(N, neighbors + 1) coordinates of the largest |gaps|, largest first, ties in order."""
+    order = np.zeros((gaps.shape[0], neighbors + 1), dtype=np.int64)
+    for v in range(gaps.shape[0]):
+        taken = 0
+        for k in range(neighbors + 1):
+            largest = np.float32(-1)
+            for i in range(8):
+                if abs(gaps[v, i]) > largest and not (taken >> i) & 1:
+                    largest, order[v, k] = abs(gaps[v, i]), i
+            taken |= 1 << order[v, k]
+    return order
+
+
+@njit(cache=True, nogil=True)
+def _moved(points, gaps, order, j):
+    """One step along the largest gap and one along the j-th."""
+    moved = points.copy()
+    for v in range(points.shape[0]):
+        for i in (order[v, 0], order[v, j]):
+            moved[v, i] += np.float32(-1) if gaps[v, i] < 0 else np.float32(1)
+    return moved
+
+
+@njit(cache=True, nogil=True)
+def _put_back(beside, decoded, moved, first, points):
+    """Where a moved point is not in the codebook, the point it came from."""
+    for v in range(moved.shape[0]):
+        inside = True
+        for i in range(8):
+            inside &= decoded[v, i] == moved[v, i]
+        if not inside:
+            beside[v] = first[v]
+            for i in range(8):
+                decoded[v, i] = points[v, i]
