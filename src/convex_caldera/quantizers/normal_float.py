@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, unpack_bits
+from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
@@ -89,6 +89,15 @@ class NormalFloat:
         largest = Groups(shape, self.group_size).split(W.float()).abs().amax(-1)
         return FittedNormalFloat(self, shape, round_scales(largest * gain, self.scale_dtype))
 
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """A scale per group, and `bits` bits per weight."""
+        grid = Groups(shape, self.group_size).grid
+        length = packed_bytes(shape[0] * shape[1], self.bits)
+        return {
+            "scales": (SCALE_DTYPES[self.scale_dtype], grid),
+            "codes": (torch.uint8, (length,)),
+        }
+
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedNormalFloat:
         """From `FittedNormalFloat.tensors()`; FormatError if shape or type differ."""
         grid = Groups(shape, self.group_size).grid
@@ -110,6 +119,10 @@ class FittedNormalFloat:
     @property
     def row_block(self) -> int:
         return 1
+
+    @property
+    def position_free(self) -> bool:
+        return self.scales.numel() == 1
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes (m, d) of columns start .. start + d."""

@@ -175,6 +175,10 @@ class FittedUniform:
     def row_block(self) -> int:
         return 1
 
+    @property
+    def position_free(self) -> bool:
+        return self.scales.numel() == 1
+
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes (m, d) of columns start .. start + d."""
         check_columns(x, self.shape, start, 1)
