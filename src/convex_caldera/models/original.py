@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from convex_caldera.errors import ModelError
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    """Quiet while transformers loads; its setting is given back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_original(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
@@ -19,9 +35,10 @@ def load_original(path: Path, dtype: torch.dtype = torch.float32, device: str = 
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        with _no_loading_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: transformers cannot load it ({error})") from error
     return model.to(device).eval()
