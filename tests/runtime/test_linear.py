@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 from convex_caldera.runtime import CompressedLinear
-from convex_caldera.runtime.kernels import REFERENCE, TABLE, reference
+from convex_caldera.runtime.kernels import REFERENCE, TABLE, named_kernel, reference
 from tests.storage.making import RECIPES, Flip, code, make_layer
 
 CASES = {
@@ -140,20 +141,26 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.parametrize("kernel", [REFERENCE, *TABLE.values()], ids=lambda k: k.name)
+@pytest.mark.parametrize("tokens", [1, 3, 9])
 @pytest.mark.parametrize("shape", [(48, 40), (37, 21), (5, 8)])
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_kernels_agree_with_decoding(
-    name: str, shape: tuple[int, int], kernel: object, monkeypatch: pytest.MonkeyPatch
+    name: str, shape: tuple[int, int], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "SLICE_VALUES", 16 * shape[1])  # several slices
     coded = code(QUANTIZERS[name], gaussian(*shape))
     packed, W = coded.fitted.pack(coded.codes), coded.decode()
-    x, y = gaussian(3, shape[1], seed=1), gaussian(3, shape[0], seed=2)
-    torch.testing.assert_close(kernel.forward(coded.fitted, packed, x), x @ W.T, **TOLERANCE)
-    torch.testing.assert_close(kernel.transposed(coded.fitted, packed, y), y @ W, **TOLERANCE)
-    whole = torch.cat([values for _, values in reference.decoded_slices(coded.fitted, packed)])
-    assert torch.equal(whole, W)
+    # an odd address, as a slice of a layer's bytes may have
+    packed = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]
+    x, y = gaussian(tokens, shape[1], seed=1), gaussian(tokens, shape[0], seed=2)
+    kind = QUANTIZERS[name].kind
+    others = [named_kernel(module) for (k, device), module in TABLE.items() if k == kind]
+    for kernel in [REFERENCE, *others]:
+        home = sys.modules[kernel.forward.__module__]
+        monkeypatch.setattr(home, "SLICE_VALUES", 16 * shape[1])  # several slices
+        torch.testing.assert_close(kernel.forward(coded.fitted, packed, x), x @ W.T, **TOLERANCE)
+        torch.testing.assert_close(kernel.transposed(coded.fitted, packed, y), y @ W, **TOLERANCE)
+        pieces = [values.clone() for _, values in home.decoded_slices(coded.fitted, packed)]
+        torch.testing.assert_close(torch.cat(pieces), W, rtol=1e-6, atol=1e-6)
 
 
 def test_unknown_packing_is_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 from torch import Tensor
 
@@ -29,9 +31,19 @@ class Kernel:
 
 REFERENCE = Kernel("reference", reference.multiply, reference.multiply_transposed)
 
-TABLE: dict[tuple[str, str], Kernel] = {}
+# (kind, device) -> module of this room that has `multiply` and `multiply_transposed`; modules
+# are imported when first used, since compiling kernels takes a while.
+TABLE: dict[tuple[str, str], str] = {("e8p", "cpu"): "lattice_cpu"}
 
 
 def kernel_for(fitted: FittedQuantizer, device_type: str) -> Kernel:
     """The fastest kernel for a quantizer on a kind of device ("cpu", "cuda")."""
-    return TABLE.get((fitted.quantizer.kind, device_type), REFERENCE)
+    name = TABLE.get((fitted.quantizer.kind, device_type))
+    return REFERENCE if name is None else named_kernel(name)
+
+
+@cache
+def named_kernel(name: str) -> Kernel:
+    """The kernel of one module of this room."""
+    module = import_module(f"{__name__}.{name}")
+    return Kernel(name, module.multiply, module.multiply_transposed)
