@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convex_caldera.allocate import Curves, Group, Option, allocate, frontier
+from convex_caldera.allocate import Curves, Group, Option, allocate, core_search, frontier
 from convex_caldera.errors import InfeasibleBudgetError, RecipeError
+from tests.oracles.core_replay import no_plan_below
 
 
 def random_curves(groups: int, options: int, seed: int, noise: float = 1.0) -> Curves:
@@ -89,6 +90,47 @@ def test_plan_of_tied_groups_equals_brute_force(seed, where):
     assert sum(Fraction(o.distortion) for o in chosen) == min(d for b, d in plans if b <= budget)
 
 
+def menus_of(curves: Curves) -> list[list[tuple[int, Fraction]]]:
+    return [[(o.bits, Fraction(o.distortion)) for o in group.options] for group in curves.groups]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plan_core_bound_replays_and_meets_the_plan(seed):
+    curves = random_curves(40, 12, seed, noise=0.3)
+    budget = int((2 + 0.5 * seed) * curves.weights)
+    plan = allocate(curves, budget)
+    assert plan.proof == "core"
+    bound, price = Fraction(plan.core_bound), Fraction(plan.price)
+    assert bound <= Fraction(plan.distortion)
+    assert plan.distortion <= plan.core_bound * (1 + 1e-13)
+    assert no_plan_below(bound, menus_of(curves), price, budget)
+    inflated = Fraction(plan.distortion) * (1 + Fraction(1, 10**9))
+    assert not no_plan_below(inflated, menus_of(curves), price, budget)
+
+
+def test_plan_of_many_equal_groups_is_proved():
+    """Equal layers make equal plans; the search has to merge them."""
+    menu = tuple(Option(f"{b}", 100 * b, 4.0**-b) for b in range(1, 8))
+    curves = Curves(tuple(Group(f"g{g:03d}", 100, menu) for g in range(100)))
+    plan = allocate(curves, 100 * 325 + 50)
+    assert plan.proof == "core"
+    # A quarter of the layers take one bit more: 25 x 4^-4 + 75 x 4^-3.
+    assert plan.distortion == pytest.approx(25 * 4.0**-4 + 75 * 4.0**-3, rel=1e-12)
+
+
+def test_plan_with_a_core_too_large_asks_highs(monkeypatch):
+    monkeypatch.setattr(core_search, "MOST_STATES", 50)
+    curves = random_curves(30, 12, 2, noise=0.3)
+    budget = int(2.5 * curves.weights)
+    plan = allocate(curves, budget)
+    assert plan.proof == "milp"
+    assert plan.core_bound is None
+    monkeypatch.undo()
+    best = allocate(curves, budget)
+    assert plan.choice == best.choice
+    assert plan.milp_bound == pytest.approx(best.distortion, rel=1e-6)
+
+
 def test_plan_without_milp_has_a_small_honest_gap():
     curves = random_curves(80, 20, 3, noise=0.2)
     plan = allocate(curves, int(2.2 * curves.weights), exact=False)
@@ -98,7 +140,8 @@ def test_plan_without_milp_has_a_small_honest_gap():
     assert "exact=False" in plan.milp_status
 
 
-def test_plan_running_out_of_time_says_so():
+def test_plan_running_out_of_time_says_so(monkeypatch):
+    monkeypatch.setattr(core_search, "MOST_STATES", 50)
     curves = random_curves(60, 12, 5)
     plan = allocate(curves, int(3 * curves.weights), time_limit=0.0)
     assert not plan.optimal

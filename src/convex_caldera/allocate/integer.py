@@ -1,4 +1,4 @@
-"""Close what price search and repair leave: HiGHS on the core of the problem.
+"""HiGHS on the core of the problem, for cores too large to be searched completely.
 
 The core (repair.py) is all that a better plan can be made of. Its integer program is scaled so
 that HiGHS works near 1: the objective is reduced cost over the present gap, the budget row is

@@ -6,8 +6,9 @@ Choosing options is a multiple-choice knapsack. For ANY price nu >= 0
 
 so (plan, nu) is a certificate: replaying it is a minimum per group and a sum. The best nu is the
 slope at which the sorted hull segments exhaust the budget (frontier.py); exchanges repair the
-integer plan (repair.py); HiGHS closes the rest (integer.py). Noisy and non-convex curves are
-fine: the bound never assumes shape. docs/certificate.md states the exact rule for a checker.
+integer plan (repair.py); a complete search of the core finds the best one and proves it
+(core_search.py), or HiGHS where the core is too large (integer.py). Noisy and non-convex curves
+are fine: no bound assumes shape. docs/certificate.md states the exact rules for a checker.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
+from convex_caldera.allocate.core_search import Searched, search_core
 from convex_caldera.allocate.curves import Curves
 from convex_caldera.allocate.frontier import Frontier, build_frontier, choice_of
 from convex_caldera.allocate.integer import Integer, solve_core
@@ -27,6 +29,9 @@ from convex_caldera.allocate.repair import build_core, repair
 from convex_caldera.errors import InfeasibleBudgetError, RecipeError
 
 MOST_PINS_NAMED = 5
+NOT_NEEDED = "not asked: the price bound already proves the plan"
+NOT_EXACT = "not asked: exact=False"
+NOT_ASKED = "not asked: the core was searched completely"
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,19 @@ class Plan:
         distortion: sum of the chosen distortions, rounded up.
         price: nu, distortion per bit, of the bound.
         bound: the price bound at `price`, rounded down. Replayable from the curves in exact
-            rational arithmetic; holds for every plan within the budget.
+            rational arithmetic by five lines; holds for every plan within the budget.
+        core_bound: the bound of a complete search of the core, rounded down; equals the
+            distortion to about 1e-15. Replayable too, by the search of docs/certificate.md
+            section 3.1. None if none was needed, asked for, or finished.
         plan_gap: distortion / bound - 1 from the exact values, rounded up; 0 means optimal,
             infinity that the bound is zero and the distortion is not.
-        gap_before_milp: the same before HiGHS was asked.
+        gap_before_milp: the same after repair, before anything exact was tried.
         milp_status: what HiGHS said, or why it was not asked.
         milp_bound: HiGHS's lower bound on the distortion. NOT replayable: it rests on HiGHS's
             branch and bound in floating point. None if it was not asked.
-        optimal: the price bound or HiGHS proves that no plan is better (see `proof`).
-        proof: "price" (replayable: plan_gap is 0), "milp" (HiGHS's word) or "none".
+        optimal: it is proved that no plan is better (see `proof`).
+        proof: "price" (replayable: plan_gap is 0), "core" (replayable: core_bound), "milp"
+            (HiGHS's word) or "none".
     """
 
     choice: dict[str, str]
@@ -58,6 +67,7 @@ class Plan:
     distortion: float
     price: float
     bound: float
+    core_bound: float | None
     plan_gap: float
     gap_before_milp: float
     milp_status: str
@@ -95,7 +105,7 @@ def allocate(
         curves: measured options per group, and ties.
         budget_bits: an integer; never exceeded.
         pins: group name -> label that is fixed beforehand; binds the group's whole tie.
-        exact: let HiGHS close the gap that repair leaves.
+        exact: search the core for the best plan and its proof; where it is too large, HiGHS.
         time_limit: seconds for HiGHS; running out is told in `milp_status`.
 
     Raises:
@@ -103,8 +113,9 @@ def allocate(
             pins that raise it.
         RecipeError: pins or ties contradict the curves, or the budget is not an integer.
 
-    Cost: one sort of all options, plus O(core^2) for exchanges; 224 groups of 40 options take
-    well under a second. The same curves give the same plan.
+    Cost: one sort of all options, O(core^2) for exchanges, and a search of the core that is
+    usually smaller than either; 224 groups of 40 options take well under a second. The same
+    curves give the same plan.
 
     Source: price search after Everett (1963) and Shoham and Gersho (1988); core after Pisinger,
     A minimal algorithm for the multiple-choice knapsack problem, EJOR 1995.
@@ -136,15 +147,19 @@ def _solve(front: Frontier, budget: int, weights: int, exact: bool, seconds: flo
     if gap > 0:
         picks = repair(menus, picks, budget, core.below(float(gap)))
     before = menus.distortion(picks)
-    result = Integer(None, "not asked: the price bound already proves the plan", None, False)
+    searched, asked = Searched(None, None), Integer(None, NOT_NEEDED, None, False)
     if before > bound:
-        result = Integer(None, "not asked: exact=False", None, False)
-        if exact:
+        asked = Integer(None, NOT_EXACT, None, False)
+    if before > bound and exact:
+        searched = search_core(menus, core, price, budget, before)
+        asked = Integer(None, NOT_ASKED, None, False)
+        if searched.bound is None:
             left = float(before - bound)
-            result = solve_core(menus, core.below(left), price, budget, left, seconds)
-    better = result.picks is not None and menus.distortion(result.picks) < before
-    picks = result.picks if better and result.picks is not None else picks
-    return _finish(menus, picks, budget, weights, price, bound, before, result)
+            asked = solve_core(menus, core.below(left), price, budget, left, seconds)
+    for found in (searched.picks, asked.picks):
+        if found is not None and menus.distortion(found) < menus.distortion(picks):
+            picks = found
+    return _finish(menus, picks, budget, weights, price, bound, before, searched, asked)
 
 
 def _finish(
@@ -155,11 +170,14 @@ def _finish(
     price: float,
     bound: Fraction,
     before: Fraction,
-    result: Integer,
+    searched: Searched,
+    asked: Integer,
 ) -> Plan:
     value = menus.distortion(picks)
-    proof = "price" if value == bound else "milp" if result.proved else "none"
-    share = result.bound_share
+    proof = "price" if value == bound else "core" if searched.bound is not None else "none"
+    if proof == "none" and asked.proved:
+        proof = "milp"
+    share = asked.bound_share
     return Plan(
         choice=choice_of(menus, picks),
         budget_bits=budget,
@@ -168,9 +186,10 @@ def _finish(
         distortion=_rounded(value, up=True),
         price=price,
         bound=_rounded(bound, up=False),
+        core_bound=None if searched.bound is None else _rounded(searched.bound, up=False),
         plan_gap=_relative(value, bound),
         gap_before_milp=_relative(before, bound),
-        milp_status=result.status,
+        milp_status=asked.status,
         milp_bound=None if share is None else float(bound) + share * float(before - bound),
         proof=proof,
     )
