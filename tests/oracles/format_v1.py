@@ -182,10 +182,10 @@ def e8p(record, shape, tensors):
     rows, raw, scale = e8p_rows(), tensors["codes"].tobytes(), tensors["scale"][0]
     count = m * blocks
     points = np.array([e8p_point(int(c), rows) for c in np.frombuffer(raw[: 2 * count], "<u2")])
+    rho = {3: (2.04, 1.77), 4: (3.45, 3.7)}.get(bits, (1, 1))[record["joint_scale"]]
     if bits == 3:
-        points = points + e81b()[np.frombuffer(raw[2 * count :], np.uint8)] / 2.04
+        points = points + e81b()[np.frombuffer(raw[2 * count :], np.uint8)] / rho
     if bits == 4:
-        rho = 3.7 if record["joint_scale"] else 3.45
         second = [e8p_point(int(c), rows) for c in np.frombuffer(raw[2 * count :], "<u2")]
         points = points + np.array(second) / rho
     return (points.reshape(m, blocks * 8)[:, :n] * scale).astype(np.float32)

@@ -30,7 +30,7 @@ QUANTIZERS = [
     Uniform(3, group_size=8, symmetric=True, search=False, legacy_levels=True),
     *(NormalFloat(b, group_size=16) for b in (2, 4)),
     *(E8P(b) for b in (2, 3, 4)),
-    E8P(4, joint_scale=False),
+    *(E8P(b, joint_scale=False) for b in (3, 4)),
     *(Trellis(2.0, 6, code) for code in ("mul1", "mul2", "1mad", "3inst", "mcg")),
     Trellis(1.5, 7, chain=2, row_scales=True),
 ]
