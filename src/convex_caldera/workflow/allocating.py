@@ -91,7 +91,8 @@ class Allocator:
 
     def recipe(self, name: str, choice: Choice) -> Recipe:
         """The recipe of an option."""
-        return convex_caldera_recipe(choice.bits, choice.rank, self.job.settings.factor_bits)
+        factor_bits = wishes_of(self.job.settings, name).factor_bits
+        return convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
 
     def _probes(self, name: str) -> list[Choice]:
         """Two rates around the target, and one rank at the lower of them."""
@@ -165,11 +166,10 @@ class Allocator:
     def _propose(self, measured: PartialRun, probes: Mapping[str, list[Choice]]) -> Proposal:
         """Rates and factor bits of every layer by the convex program."""
         models = [self._rate_model(measured, name, probes[name]) for name in self.sites]
-        side = sum(
-            8 * layer_bytes(self.recipe(name, Choice(1.0)), self.sites[name].shape)
-            - self.weights[name]
-            for name in self.sites
-        )
+        # All that is stored beside the codes: file headers, scales, signs, ranks that are fixed.
+        base = {name: self.recipe(name, Choice(1.0, probes[name][0].rank)) for name in self.sites}
+        shapes = {name: site.shape for name, site in self.sites.items()}
+        side = 8 * planned_bytes(base, shapes) - sum(self.weights.values())
         budget = 8 * self.job.budget.compressed_bytes - side
         least = sum(model.bits[0] * model.weights for model in models)
         solution = solve_surrogate(models, max(float(budget), least))
