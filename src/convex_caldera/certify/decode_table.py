@@ -1,0 +1,25 @@
+"""All kinds of quantizers and transforms that format version 1 knows."""
+
+from __future__ import annotations
+
+from convex_caldera.certify import (
+    decode_columns,
+    decode_e8p,
+    decode_hadamard,
+    decode_normal_float,
+    decode_trellis,
+    decode_uniform,
+)
+from convex_caldera.certify.codec import QuantizerFormat, TransformFormat
+
+QUANTIZERS: dict[str, QuantizerFormat] = {
+    "e8p": decode_e8p.FORMAT,
+    "normal_float": decode_normal_float.FORMAT,
+    "trellis": decode_trellis.FORMAT,
+    "uniform": decode_uniform.FORMAT,
+}
+TRANSFORMS: dict[str, TransformFormat] = {
+    "hadamard": decode_hadamard.FORMAT,
+    "permute": decode_columns.PERMUTE,
+    "scale": decode_columns.SCALE,
+}

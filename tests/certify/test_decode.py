@@ -1,0 +1,196 @@
+"""The checker's decoders against the library's, bit for bit over shapes and options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from convex_caldera import quantizers, transforms
+from convex_caldera.certify import decode_hadamard, decode_normal_float
+from convex_caldera.certify.codec import check_record
+from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
+from convex_caldera.core.hessian import Hessian
+from convex_caldera.errors import FormatError
+from convex_caldera.linalg.hadamard import base_order, rotate
+from convex_caldera.quantizers import E8P, NormalFloat, Trellis, Uniform
+from convex_caldera.recipes.records import to_record
+from convex_caldera.storage.shard import NAMES
+from convex_caldera.transforms.hadamard import RandomizedHadamard
+from convex_caldera.transforms.permute import ActOrder
+from convex_caldera.transforms.scale import ColumnScale
+
+SHAPES = [(1, 1), (3, 5), (16, 16), (17, 33), (40, 24), (8, 130)]
+ALL = [
+    *(Uniform(bits, group_size=7) for bits in range(1, 9)),
+    Uniform(3, group_size=0, symmetric=True),
+    Uniform(1, group_size=-1, symmetric=True),
+    Uniform(4, group_size=16, symmetric=True, legacy_levels=True, scale_dtype="bfloat16"),
+    Uniform(5, group_size=200, scale_dtype="float32"),
+    *(NormalFloat(bits, group_size=9) for bits in range(2, 9)),
+    NormalFloat(4, group_size=-1, scale_dtype="float32"),
+    *(E8P(bits, joint_scale=joint) for bits in (2, 3, 4) for joint in (True, False)),
+    Trellis(2.0, 6, "mul1"),
+    Trellis(2.0, 5, "3inst"),
+    Trellis(3.0, 6, "1mad", chain=2),
+    Trellis(2.25, 6, "mcg", chain=1, row_scales=True),
+    Trellis(1.5, 5, "mul2", chain=3),
+    Trellis(1.0625, 4, "mul2", row_scales=True),
+    Trellis(2.0, 10, "mul1", chain=4, encoder="beam", survivors=4),
+]
+
+
+def stored(owner) -> dict[str, np.ndarray]:
+    """Tensors as the checker sees them: numpy, bfloat16 widened to float32."""
+    return {
+        name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in owner.items()
+    }
+
+
+def random_codes(quantizer, shape, seed):
+    """A fitted quantizer and codes that are spread over everything that can be stored."""
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    fitted = quantizer.fit(W)
+    packed = fitted.pack(fitted.encode(W))
+    if not isinstance(quantizer, Uniform) or not quantizer.legacy_levels:
+        noise = torch.randint(0, 256, packed.shape, generator=torch.Generator().manual_seed(seed))
+        candidate = noise.to(torch.uint8)
+        try:
+            fitted.unpack(candidate)
+            packed = candidate
+        except FormatError:  # spare bits must be zero: keep the honest codes
+            pass
+    return fitted, packed
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("quantizer", ALL, ids=str)
+def test_quantizer_decodes_bit_for_bit(quantizer, shape):
+    fitted, packed = random_codes(quantizer, shape, seed=sum(shape))
+    record = to_record(quantizer)
+    known = QUANTIZERS[record["kind"]]
+    check_record(record, known.options, "record")
+    tensors = {**fitted.tensors(), "codes": packed}
+    layout = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    assert known.layout(record, shape) == layout
+    expected = fitted.decode(fitted.unpack(packed)).numpy()
+    found = known.decode(record, shape, stored(tensors))
+    assert found.dtype == np.float32
+    assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("quantizer", ALL[::3], ids=str)
+def test_quantizer_refuses_spare_bits_or_keeps_every_bit(quantizer):
+    """Flipping any stored bit is noticed, or changes a value, or is a code of equal value."""
+    fitted, packed = random_codes(quantizer, (5, 11), seed=3)
+    record = to_record(quantizer)
+    known, tensors = QUANTIZERS[record["kind"]], stored({**fitted.tensors(), "codes": packed})
+    for byte in range(len(packed)):
+        for bit in range(8):
+            changed = tensors["codes"].copy()
+            changed[byte] ^= 1 << bit
+            try:
+                expected = fitted.decode(fitted.unpack(torch.from_numpy(changed))).numpy()
+            except FormatError:
+                with pytest.raises(FormatError):
+                    known.decode(record, (5, 11), {**tensors, "codes": changed})
+                continue
+            found = known.decode(record, (5, 11), {**tensors, "codes": changed})
+            assert np.array_equal(found, expected)
+
+
+def test_checker_knows_every_kind_and_every_option():
+    for ours, theirs in ((QUANTIZERS, quantizers.TABLE), (TRANSFORMS, transforms.TABLE)):
+        assert set(ours) == set(theirs)
+        for kind, cls in theirs.items():
+            fields = {f.name for f in dataclasses.fields(cls)}
+            assert set(ours[kind].options) == fields, kind
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_normal_float_levels_match(bits):
+    from convex_caldera.quantizers.normal_float import levels
+
+    assert np.array_equal(decode_normal_float.levels(bits), levels(bits).numpy())
+
+
+# 12, 24: Paley I of 11, 23; 28: of 27 = 3^3; 20: of 19; 36: Paley II of 17; 52: II of 25 = 5^2;
+# 56 x 2: beyond the smallest t; 92, 172: none at t = 2; 7, 22, 26: Hartley
+ORDERS = [
+    1,
+    2,
+    8,
+    12,
+    20,
+    24,
+    28,
+    36,
+    52,
+    68,
+    92,
+    100,
+    112,
+    172,
+    184,
+    244,
+    344,
+    7,
+    22,
+    26,
+    384,
+    500,
+]
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_rotation_matches_and_is_orthogonal(n):
+    identity = np.eye(n)
+    back = decode_hadamard.rotate_back(identity)
+    expected = rotate(torch.eye(n, dtype=torch.float64), inverse=True).numpy()
+    assert np.allclose(back, expected, atol=1e-13), base_order(n)
+    assert np.allclose(back @ back.T, identity, atol=1e-12)
+
+
+def test_rotation_bases_match_for_every_order_with_one():
+    for n in range(4, 1025, 4):
+        kind, order = base_order(n)
+        base = decode_hadamard.base_matrix(n)
+        assert (1 if base is None else len(base)) == order, n
+        if kind == "paley2" or (kind == "paley1" and not _is_prime(order - 1)):
+            expected = rotate(torch.eye(order, dtype=torch.float64), inverse=True).numpy()
+            assert np.allclose(base, expected, atol=1e-13), n
+
+
+def _is_prime(q):
+    return all(q % d for d in range(2, int(q**0.5) + 1))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (7, 64), (33, 6)], ids=str)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        RandomizedHadamard(),
+        RandomizedHadamard(outputs=False),
+        RandomizedHadamard(inputs=False),
+        ColumnScale(0.5),
+        ActOrder(),
+    ],
+    ids=str,
+)
+def test_transform_is_undone(transform, shape):
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(shape, generator=generator, dtype=torch.float64)
+    X = torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
+    fitted = transform.fit(W, Hessian(X.T @ X / 50), seed=1, layer="l", site="s")
+    record = to_record(transform)
+    known = TRANSFORMS[record["kind"]]
+    check_record(record, known.options, "record")
+    tensors = fitted.tensors()
+    layout = {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    assert known.layout(record, shape) == layout
+    inner = fitted.apply(W).numpy()
+    found = known.invert(record, inner, {name: t.numpy() for name, t in tensors.items()})
+    assert np.allclose(found, W.numpy(), atol=1e-12)
+    assert np.allclose(found, fitted.invert(torch.from_numpy(inner)).numpy(), atol=1e-13)
