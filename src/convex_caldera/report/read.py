@@ -1,0 +1,247 @@
+"""Read what a run directory and its evaluations offer; absent is None, malformed is an error.
+
+A directory offers `convex_caldera/{report,provenance,manifest}.json` and `recipe.toml`; methods
+with a plan also `certificate.json`. Two optional measurements, in that folder or beside it:
+
+    spectra.json    {"schema": 1, "spectra": {layer: {"weight": [...], "whitened": [...],
+                     "residual": [...]}}}      singular values, largest first
+    landscape.json  {"schema": 1, "landscape": {"ranks": [...], "bits": [...],
+                     "relative_error": [[...]], "stored_bits": [[...]], "title": "..."}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from convex_caldera.errors import FormatError
+from convex_caldera.report.byte_parts import byte_parts
+from convex_caldera.report.certificate import certificate_from
+from convex_caldera.report.checked import Table, read_table, read_toml
+from convex_caldera.report.names import natural_key, place_of
+from convex_caldera.report.run import (
+    EvaluationFile,
+    FileSizes,
+    Landscape,
+    LayerRow,
+    Run,
+    Score,
+    Spectra,
+)
+from convex_caldera.storage.manifest import FOLDER, read_manifest
+from convex_caldera.storage.read import open_container
+from convex_caldera.storage.source import INDEX
+
+SPECTRA = ("weight", "whitened", "residual")
+LAYER_EXTRAS = ("gap_to_waterfilling_bits", "predicted_kl", "measured_kl")
+
+
+def read_run(directory: Path) -> Run:
+    """Everything a report shows of one output directory; no tensor is decoded.
+
+    Raises:
+        FormatError: a file is missing that every directory has, or one is malformed; the message
+            names file and key. An absent certificate is no error.
+    """
+    directory = Path(directory)
+    folder = directory / FOLDER
+    if not folder.is_dir():
+        raise FormatError(f"{directory}: no folder {FOLDER}; not an output of `compress`")
+
+    def load(name: str) -> Table:
+        return read_table(folder / name, f"{directory.name}/{FOLDER}/{name}")
+
+    report, provenance = load("report.json"), load("provenance.json")
+    manifest = read_manifest(directory)
+    record = load("certificate.json") if (folder / "certificate.json").exists() else None
+    layers = _layers(report, record)
+    sizes, parts = _sizes(directory, manifest, layers)
+    settings = provenance.table_or_none("settings")
+    run = Run(
+        directory=directory,
+        title=directory.resolve().name,
+        method=report.text("method"),
+        budget=report.text("budget", ""),
+        budget_bytes=report.count_or_none("budget_bytes"),
+        layers=layers,
+        sizes=sizes,
+        byte_parts=parts,
+        certificate=None if record is None else certificate_from(record),
+        settings={} if settings is None else dict(settings.record),
+        recipe=read_toml(folder / "recipe.toml", f"{directory.name}/{FOLDER}/recipe.toml"),
+        versions=_texts(provenance, "versions"),
+        source_files=_texts(provenance, "source_files"),
+        files=len(manifest) + 1,
+        seconds=report.number_or_none("seconds"),
+        peak_memory_bytes=report.count_or_none("peak_memory_bytes"),
+    )
+    for name in ("spectra.json", "landscape.json"):
+        if (folder / name).exists():
+            run = with_measurement(run, load(name))
+    return run
+
+
+def read_inputs(
+    outs: Sequence[Path], files: Iterable[Path]
+) -> tuple[list[Run], list[EvaluationFile]]:
+    """Directories and the JSON files given beside them, told apart by what they hold.
+
+    A file with `models` (or `eval`, as `demo` writes) is an evaluation; one with `spectra` or
+    `landscape` belongs to the first directory.
+
+    Raises:
+        FormatError: a file is none of these, or malformed.
+    """
+    runs = [read_run(out) for out in outs]
+    evaluations = []
+    for path in files:
+        table = read_table(path)
+        table = table.table("eval") if "eval" in table.record else table
+        if "models" in table.record:
+            evaluations.append(evaluation_from(table))
+        elif runs and {"spectra", "landscape"} & set(table.record):
+            runs[0] = with_measurement(runs[0], table)
+        else:
+            raise FormatError(
+                f"{path}: is neither the JSON of `eval` nor spectra nor a landscape; "
+                "write it with `convex-caldera eval ... --json FILE`"
+            )
+    return runs, evaluations
+
+
+def evaluation_from(table: Table) -> EvaluationFile:
+    """The JSON of `convex-caldera eval`."""
+    models = table.tables("models")
+    if not models:
+        raise table.wrong("models", "a list with at least one model")
+    protocol = table.table_or_none("protocol")
+    return EvaluationFile(
+        text=table.text("text", ""),
+        scores=tuple(_score(model) for model in models),
+        protocol={} if protocol is None else dict(protocol.record),
+    )
+
+
+def with_measurement(run: Run, table: Table) -> Run:
+    """The run with the spectra and landscape of a measurement file added."""
+    if "spectra" in table.record:
+        layers = table.table("spectra")
+        run = replace(run, spectra=tuple(_spectra(layers, n) for n in _ordered(layers.record)))
+    if "landscape" in table.record:
+        run = replace(run, landscape=_landscape(table.table("landscape")))
+    return run
+
+
+def _layers(report: Table, certificate: Table | None) -> tuple[LayerRow, ...]:
+    layers = report.table("layers")
+    if not layers.record:
+        raise report.wrong("layers", "an object with at least one layer")
+    extras = None if certificate is None else certificate.table("layers")
+    rows = []
+    for name in _ordered(layers.record):
+        row = _layer(name, layers.table(name))
+        if extras is not None and name in extras.record:
+            row = _with_extras(row, extras.table(name))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _layer(name: str, table: Table) -> LayerRow:
+    return LayerRow(
+        name=name,
+        place=place_of(name),
+        shape=table.shape("shape"),
+        bits=table.number("bits"),
+        rank=table.count("rank"),
+        loss=table.number("loss"),
+        relative_loss=table.number("relative_loss"),
+        stored_bytes=table.count("stored_bytes"),
+    )
+
+
+def _with_extras(row: LayerRow, table: Table) -> LayerRow:
+    gap, predicted, measured = (table.number_or_none(key) for key in LAYER_EXTRAS)
+    return replace(
+        row,
+        label=table.text("label", ""),
+        gap_bits=gap,
+        predicted_kl=predicted,
+        measured_kl=measured,
+    )
+
+
+def _sizes(
+    directory: Path, manifest: dict[str, dict[str, Any]], layers: tuple[LayerRow, ...]
+) -> tuple[FileSizes | None, dict[str, dict[str, int]]]:
+    """From the shards where they are, else (the JSON alone was kept) from the manifest."""
+    if (directory / INDEX).exists():
+        container = open_container(directory, verify=False)
+        found = container.sizes()
+        sizes = FileSizes(
+            found.file_bytes,
+            found.compressed_bytes,
+            found.rest_bytes,
+            found.bits_per_compressed_weight,
+            found.bits_per_weight,
+        )
+        return sizes, byte_parts(container)
+    shards = {n: e["size"] for n, e in manifest.items() if n.endswith(".safetensors")}
+    compressed = sum(size for name, size in shards.items() if name.startswith("model-compressed-"))
+    total = sum(shards.values())
+    if not compressed:
+        return None, {}
+    weights = sum(layer.weights for layer in layers)
+    return FileSizes(total, compressed, total - compressed, compressed * 8 / weights, None), {}
+
+
+def _score(table: Table) -> Score:
+    return Score(
+        name=table.text("name"),
+        file_bytes=table.count_or_none("file_bytes"),
+        bits_per_compressed_weight=table.number_or_none("bits_per_compressed_weight"),
+        bits_per_weight=table.number_or_none("bits_per_weight"),
+        perplexity=table.number("perplexity"),
+        perplexity_stderr=table.number_or_none("perplexity_stderr"),
+        kl=table.number("kl"),
+        kl_stderr=table.number_or_none("kl_stderr"),
+        top1=table.number("top1_agreement"),
+        top1_stderr=table.number_or_none("top1_stderr"),
+    )
+
+
+def _spectra(layers: Table, name: str) -> Spectra:
+    table = layers.table(name)
+    values = {key: table.numbers(key) for key in SPECTRA if key in table.record}
+    if not values or any(not v or min(v) < 0 for v in values.values()):
+        raise layers.wrong(name, "lists of singular values >= 0 under weight, whitened, residual")
+    return Spectra(name, place_of(name), values)
+
+
+def _landscape(table: Table) -> Landscape:
+    ranks, bits = table.numbers("ranks"), table.numbers("bits")
+    stored = None
+    if table.record.get("stored_bits") is not None:
+        stored = _grid(table, "stored_bits", len(ranks), len(bits))
+    error = _grid(table, "relative_error", len(ranks), len(bits))
+    return Landscape(ranks, bits, error, stored, table.text("title", ""))
+
+
+def _grid(table: Table, key: str, rows: int, columns: int) -> tuple[tuple[float, ...], ...]:
+    value = table.record.get(key)
+    if not isinstance(value, list) or len(value) != rows or not rows or not columns:
+        raise table.wrong(key, f"{rows} rows (ranks) of {columns} numbers (bits), none empty")
+    grid = tuple(Table({key: row}, table.where).numbers(key) for row in value)
+    if any(len(row) != columns for row in grid):
+        raise table.wrong(key, f"{rows} rows (ranks) of {columns} numbers (bits)")
+    return grid
+
+
+def _texts(table: Table, key: str) -> dict[str, str]:
+    inner = table.table_or_none(key)
+    return {} if inner is None else {k: inner.text(k) for k in inner.record}
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=natural_key)
