@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    # not imported otherwise: importlib.abc would double the cost of this module
+    from importlib.abc import Loader
 
 AWAITED = "transformers.quantizers.auto"
 
@@ -35,7 +40,7 @@ def _is_loading(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds one module, through all other finders, and hands it to `_Loader`."""
 
     def find_spec(
@@ -46,11 +51,11 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)  # so that the search below does not end here again
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
         return spec
 
 
-class _Loader(Loader):
+class _Loader:
     """Loads as the original loader does, then registers."""
 
     def __init__(self, original: Loader):
