@@ -11,12 +11,14 @@ Every fit is kept on disk as it finishes, so a run that is cut short repeats non
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from convex_caldera.allocate.curves import Curves, Group, Option
+from convex_caldera.allocate.menu import build_menus
 from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.plan import allocate
 from convex_caldera.allocate.surrogate import Allocation, RateModel, fit_decay, solve_surrogate
@@ -166,10 +168,14 @@ class Allocator:
     def _propose(self, measured: PartialRun, probes: Mapping[str, list[Choice]]) -> Proposal:
         """Rates and factor bits of every layer by the convex program."""
         models = [self._rate_model(measured, name, probes[name]) for name in self.sites]
-        # All that is stored beside the codes: file headers, scales, signs, ranks that are fixed.
-        base = {name: self.recipe(name, Choice(1.0, probes[name][0].rank)) for name in self.sites}
+        # All that is stored beside the codes: scales, signs, ranks that are fixed, and headers,
+        # which are longest when every layer has a rate of its own.
+        rates = [LEAST_BITS + i * BIT_STEP for i in range(round(PROBE_HALF_WIDTH / BIT_STEP))]
+        spread = dict(zip(self.sites, itertools.cycle(rates), strict=False))
+        base = {n: self.recipe(n, Choice(spread[n], probes[n][0].rank)) for n in self.sites}
         shapes = {name: site.shape for name, site in self.sites.items()}
-        side = 8 * planned_bytes(base, shapes) - sum(self.weights.values())
+        codes = sum(spread[name] * self.weights[name] for name in self.sites)
+        side = 8 * planned_bytes(base, shapes) - codes
         budget = 8 * self.job.budget.compressed_bytes - side
         least = sum(model.bits[0] * model.weights for model in models)
         solution = solve_surrogate(models, max(float(budget), least))
@@ -244,7 +250,9 @@ class Allocator:
         shapes = {name: site.shape for name, site in self.sites.items()}
         by_label = {name: {c.label: c for c in choices} for name, choices in offered.items()}
         budget, header = self.job.budget.compressed_bytes, 0
-        for _ in range(HEADER_ROUNDS):
+        # What is left beside the cheapest plan; plans of many formats have longer headers.
+        room = budget - build_menus(curves).least_bits // 8
+        for left in reversed(range(HEADER_ROUNDS)):
             integer = allocate(curves, 8 * (budget - header))
             recipes = {
                 name: self.recipe(name, by_label[name][label])
@@ -252,12 +260,16 @@ class Allocator:
             }
             size = planned_bytes(recipes, shapes)
             needed = size - integer.bits // 8
-            if needed == header or (size <= budget and needed < header):
-                return Plan(recipes, shapes, size, self.job.budget), integer
-            header = max(needed, header + (needed < header))
-        raise InfeasibleBudgetError(
-            f"{self.job.budget.wording}: file headers of {header} bytes leave no plan", 8 * size
-        )
+            if needed <= header or header == room:
+                break
+            header = min(needed, room) if left > 1 else room
+        if size > budget:
+            raise InfeasibleBudgetError(
+                f"{self.job.budget.wording}: {budget} bytes are below the least feasible {size}, "
+                f"{needed} of them file headers",
+                8 * size,
+            )
+        return Plan(recipes, shapes, size, self.job.budget), integer
 
     def _store(
         self, measured: PartialRun, integer: IntegerPlan, offered: Mapping[str, list[Choice]]
