@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from convex_caldera.workflow.api import Compressed as Compressed
     from convex_caldera.workflow.api import compress as compress
     from convex_caldera.workflow.evaluating import evaluate_models as evaluate_models
-    from convex_caldera.workflow.verifying import verify_directory as verify_directory
+    from convex_caldera.certify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _HOME = {
     "evaluate_models": ("workflow.evaluating", "evaluate_models"),
     "fit_layer": ("fit.backfit", "fit_layer"),
     "load": ("runtime.load", "load"),
-    "verify": ("workflow.verifying", "verify_directory"),
+    "verify": ("certify", "verify"),
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -1,4 +1,4 @@
-"""Commands that read: eval, inspect, generate, verify, export, methods."""
+"""Commands that read: eval, inspect, generate, verify, report, export, methods."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(inspect)
     app.command()(generate)
     app.command()(verify)
+    app.command()(report)
     app.command()(export)
     app.command()(methods)
 
@@ -85,15 +86,42 @@ def generate(
     opt.write_json(json, {"prompt": prompt, "text": text})
 
 
-def verify(directory: Directory, json: opt.Json = None) -> None:
+def verify(
+    directory: Directory,
+    model: Annotated[
+        Path | None, typer.Option(help="The original model's directory, to recompute errors.")
+    ] = None,
+    hessians: Annotated[
+        Path | None, typer.Option(help="Saved statistics of `calibrate`; needs --model.")
+    ] = None,
+    json: opt.Json = None,
+) -> None:
     """Check a compressed model claim by claim; exit code 4 on the first that is false."""
-    from convex_caldera.workflow.verifying import verify_directory
+    from convex_caldera.certify import verify as check
 
-    result = verify_directory(directory)
+    result = check(directory, model, hessians)
     print(result.text())
     opt.write_json(json, result.to_dict())
     if not result.ok:
         raise typer.Exit(CHECK_FAILED)
+
+
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Output folders of compressions.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Where report.html and figures go.")
+    ] = Path("report"),
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--eval", help="JSON files of `eval`; may be repeated.")
+    ] = None,
+    json: opt.Json = None,
+) -> None:
+    """One self-contained HTML page with figures over one or several compressed models."""
+    from convex_caldera.report import write_report
+
+    files = write_report(directories, output_dir, evaluation or [])
+    print(f"{len(files)} files, {output_dir / 'report.html'}")
+    opt.write_json(json, {"files": [str(file) for file in files]})
 
 
 def export(
