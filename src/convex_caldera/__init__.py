@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from convex_caldera.runtime.hook import install as _install
 
 if TYPE_CHECKING:
+    from convex_caldera.certify import verify as verify
     from convex_caldera.core.hessian import Hessian as Hessian
     from convex_caldera.core.problem import Problem as Problem
     from convex_caldera.core.recipe import FactorCoding as FactorCoding
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from convex_caldera.workflow.api import Compressed as Compressed
     from convex_caldera.workflow.api import compress as compress
     from convex_caldera.workflow.evaluating import evaluate_models as evaluate_models
-    from convex_caldera.certify import verify as verify
 
 __version__ = "0.1.0"
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from convex_caldera.workflow.compress import Job
 
 # Options offered around the proposed rate, in bits per weight.
-NEIGHBOURS = (-0.5, -0.25, 0.0, 0.25, 0.5)
+NEIGHBOURS = (-0.25, 0.0, 0.25)
 PROBE_HALF_WIDTH = 0.5
 # Header bytes depend on the plan and the plan on what they leave; a few rounds settle both.
 HEADER_ROUNDS = 8
@@ -107,12 +107,7 @@ class Allocator:
         if wishes.rank is not None:
             rank = min(wishes.rank, *self.sites[name].shape)
             return [Choice(low, rank), Choice(high, rank)]
-        ranks = [rank for rank in self._ranks([name]) if rank > 0]
-        return [
-            Choice(low),
-            Choice(high),
-            *(Choice(low, r) for r in ranks[: len(ranks) // 2 + 1][-1:]),
-        ]
+        return [Choice(low), Choice(high), *(Choice(low, r) for r in self._probed_rank([name]))]
 
     def _measure(
         self, measured: PartialRun, wanted: Mapping[str, Iterable[Choice]], stage: str
@@ -191,17 +186,20 @@ class Allocator:
         members = next((tie for tie in self.ties if name in tie), (name,))
         total = sum(self.weights[member] for member in members)
         centre = sum(self.weights[m] * proposal.bits(m) for m in members) / total
-        grid = self._rates_near(centre)
+        factors = sum(self.weights[m] * proposal.factor_bits(m) for m in members) / total
         if wishes.rank is not None:
             ranks = [min(wishes.rank, *self.sites[name].shape)]
-        elif self.job.settings.rank_menu is not None or self._buys_rank(members, proposal):
+        elif self.job.settings.rank_menu is not None:
             ranks = self._ranks(members)
         else:
-            ranks = [0]
-        return [Choice(bits, rank) for rank in ranks for bits in sorted(grid)]
+            ranks = [0, *self._probed_rank(members)] if factors > 0 else [0]
+        # Without factors their bits go to the codes: both options are offered at one size.
+        centres = {rank: centre if rank else centre + factors for rank in ranks}
+        return [Choice(b, r) for r in ranks for b in sorted(self._rates_near(centres[r]))]
 
-    def _buys_rank(self, members: Iterable[str], proposal: Proposal) -> bool:
-        return any(proposal.factor_bits(member) > 0 for member in members)
+    def _probed_rank(self, members: Iterable[str]) -> list[int]:
+        """The rank that stands for "some": the dearer of the cheap ones, if there is any."""
+        return [rank for rank in self._ranks(members) if rank > 0][-1:]
 
     def _ranks(self, members: Iterable[str]) -> list[int]:
         """Ranks on offer for layers that share a format: 0 and those whose cost is small."""
