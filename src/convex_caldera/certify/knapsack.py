@@ -19,9 +19,17 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from convex_caldera.certify.core_bound import no_plan_below
 from convex_caldera.certify.strict import listing, natural, number, short, string, table
 from convex_caldera.errors import CheckError, FormatError
 
+PROOFS = {
+    "price": "optimal",
+    "core": "optimal by complete search",
+    "milp": "optimal on HiGHS's word",
+    "none": "not proved optimal",
+}
+CORE_SLACK = Fraction(1, 10**9)  # what the integer arithmetic of a search may leave open
 Menu = dict[str, tuple[int, Fraction]]  # label -> stored bits, distortion
 PLAN_KEYS = (
     "choice",
@@ -141,7 +149,7 @@ def read_plan(value: Any) -> dict[str, Any]:
     for name in ("core_bound", "milp_bound"):
         if plan[name] is not None:
             number(plan[name], f"plan.{name}")
-    if plan["proof"] not in ("price", "core", "milp", "none"):
+    if plan["proof"] not in tuple(PROOFS):
         raise FormatError(f"plan.proof: {short(plan['proof'])}")
     string(plan["milp_status"], "plan.milp_status")
     if plan["optimal"] is not (plan["proof"] != "none"):
@@ -196,13 +204,24 @@ def check_bound(curves: Curves, plan: Mapping[str, Any]) -> str:
             raise CheckError(f"{name} {plan[name]!r} is claimed, less than the exact gap")
     if plan["proof"] == "price" and value != bound:
         raise CheckError("the plan is called proved by its price, but bound and value differ")
+    _check_core(curves, plan, value)
     shown = "" if plan["plan_gap"] is None else f", gap {plan['plan_gap']:.3g}"
-    proof = {
-        "core": " (optimality by a search of the core that is not replayed here)",
-        "milp": " (optimality rests on HiGHS's word)",
-        "price": " (optimal)",
-    }
-    return f"{float(value):.6g} >= {float(bound):.6g}{shown}{proof.get(plan['proof'], '')}"
+    return f"{float(value):.6g} >= {float(bound):.6g}{shown}, {PROOFS[plan['proof']]}"
+
+
+def _check_core(curves: Curves, plan: Mapping[str, Any], value: Fraction) -> None:
+    """The claimed core bound by complete search; with proof "core" it meets the distortion."""
+    if plan["core_bound"] is None:
+        if plan["proof"] == "core":
+            raise CheckError("the plan is called proved by its core, but has no core bound")
+        return
+    claim = Fraction(plan["core_bound"])
+    if plan["proof"] == "core" and claim < value * (1 - CORE_SLACK):
+        raise CheckError("the plan is called optimal, but its core bound is below its distortion")
+    menus = [list(merged(curves, unit).values()) for unit in curves.units]
+    price, budget = Fraction(plan["price"]), plan["budget_bits"]
+    if claim > value or not no_plan_below(claim, menus, price, budget):
+        raise CheckError(f"core_bound {plan['core_bound']!r} is claimed, a better plan exists")
 
 
 def _covers(claimed: Fraction, value: Fraction, bound: Fraction) -> bool:
