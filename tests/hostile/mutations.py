@@ -200,56 +200,62 @@ def edit_metadata(rng: random.Random, files: Files) -> Changes:
 
 
 def _edit_record(rng: random.Random, record: Any) -> None:
-    operation = rng.randrange(8)
+    operation = rng.randrange(10)
     if operation == 0:
         record["version"] = rng.choice([0, 2, "1", True, None])
     elif operation == 1:
         record["layers"][rng.randrange(len(record["layers"]))] = rng.choice([-1, 99, "0", None])
     elif operation == 2:
-        record["layers"] = rng.choice([record["layers"][:-1], record["layers"] + [0], None, {}])
+        record["layers"] = rng.choice([record["layers"][:-1], [*record["layers"], 0], None, {}])
     elif operation == 3:
-        record["schemes"] = rng.choice([[], None, {}, record["schemes"] + [record["schemes"][0]]])
+        record["schemes"] = rng.choice([[], None, {}, [*record["schemes"], record["schemes"][0]]])
     elif operation == 4:
         record["extra"] = 1
+    elif operation in (5, 6):
+        _edit_records(rng, record)
     else:
         _edit_scheme(rng, rng.choice(record["schemes"]))
 
 
-def _edit_scheme(rng: random.Random, scheme: Any) -> None:
-    term = rng.choice(scheme["terms"])
-    coded = term if term["kind"] == "coded" else term["left"]
-    operation = rng.randrange(12)
+def _edit_records(rng: random.Random, record: Any) -> None:
+    records = record["records"]
+    one = rng.choice(records)
+    operation = rng.randrange(6)
     if operation == 0:
-        scheme["shape"][rng.randrange(2)] = rng.choice([0, -1, 1, 3, 1.5, None, *HUGE])
+        one["bits"] = rng.choice([5, 7, 0, -1, "2", None, 10**9, 2.0])
     elif operation == 1:
-        scheme["shape"] = rng.choice([[], [8], [8, 8, 8], None, "8x8", HUGE[1:3]])
+        one["kind"] = rng.choice(["pickle", "", None, 1, "recipe", "quantize", ["e8p"]])
     elif operation == 2:
-        scheme["terms"] = rng.choice([[], None, scheme["terms"] * 2, [term["kind"]]])
+        one[rng.choice(["x", "coder", "rate_per_row"])] = 1
     elif operation == 3:
-        scheme["transforms"] = rng.choice([None, [None], [{"transform": {"kind": "hadamard"}}]])
+        del one[rng.choice(sorted(set(one)))]
     elif operation == 4:
-        term["kind"] = rng.choice(["dense", "", None, 1, "pickle"])
-    elif operation == 5:
-        term["rank"] = rng.choice([0, -1, 10**9, None])
-    elif operation == 6:
-        scheme["extra"] = {}
-    elif "quantizer" not in coded:
-        term["left"] = rng.choice([{}, None, {"kind": "dense", "x": 1}, {"kind": "coded"}])
-    elif operation == 7:
-        coded["quantizer"]["bits"] = rng.choice([5, 7, 0, -1, "2", None, 10**9])
-    elif operation == 8:
-        coded["quantizer"] = rng.choice(
-            [{}, None, {"kind": "os.system"}, {**coded["quantizer"], "x": 1}, {"kind": "e8p"}]
-        )
-    elif operation == 9:
-        coded["tensors"]["codes"] = rng.choice(
-            [["U8", [0]], ["U8", [1 << 39]], ["F32", [8]], ["U8", []], [["U8"], [8]], None, "U8"]
-        )
-    elif operation == 10:
-        coded["tensors"]["more"] = rng.choice([["U8", [8]], ["F64", [1 << 39, 1 << 39]]])
+        records.append(rng.choice([records[0], {"kind": "permute"}, None, {}, []]))
     else:
-        name = rng.choice(sorted(coded["tensors"]))
-        del coded["tensors"][name]
+        record["records"] = rng.choice([[], None, {}, records[:-1], "e8p"])
+
+
+def _edit_scheme(rng: random.Random, scheme: Any) -> None:
+    terms = scheme[3]
+    at = rng.randrange(len(terms))
+    operation = rng.randrange(8)
+    if operation == 0:
+        scheme[rng.randrange(2)] = rng.choice([0, -1, 1, 3, 1.5, None, True, [8], *HUGE])
+    elif operation == 1:
+        scheme[:2] = rng.choice([HUGE[1:3], [1 << 30, 1 << 30], [1, (1 << 31) - 1]])
+    elif operation == 2:
+        scheme[3] = rng.choice([[], None, terms * 2, {}, 0, [terms]])
+    elif operation == 3:
+        scheme[2] = rng.choice([None, [None], [0], [99], [-1], {}, 0])
+    elif operation == 4:
+        terms[at] = rng.choice([99, -1, "0", None, True, 1.0, [], [1], [1, 0, 0, 0], {}])
+    elif operation == 5:
+        rank = rng.choice([0, -1, 10**9, None, 1.0, "4"])
+        terms[at] = [rank, None, None]
+    elif operation == 6:
+        terms[at] = [5, rng.choice([99, -1, "0", True]), None]
+    else:
+        scheme.append(rng.choice([0, None, []]))
 
 
 def edit_index(rng: random.Random, files: Files) -> Changes:
@@ -326,17 +332,18 @@ def not_finite(rng: random.Random, files: Files) -> Changes:
     header, data = header_of(files[file])
     record = json.loads(header["__metadata__"]["convex_caldera"])
     names = sorted(n for n in header if n.endswith(".packed"))
-    scheme = rng.randrange(len(names))
-    terms = record["schemes"][record["layers"][scheme]]["terms"]
-    start = len(raw) - len(data) + header[names[scheme]]["data_offsets"][0]
-    wide = any(t[0] == "F32" for term in terms for t in _tensors(term))
+    layer = rng.randrange(len(names))
+    start = len(raw) - len(data) + header[names[layer]]["data_offsets"][0]
+    used = _flat(record["schemes"][record["layers"][layer]][3])
+    wide = any(record["records"][number]["kind"] == "e8p" for number in used)  # a float32 scale
     raw[start : start + 4] = b"\x00\x00\xc0\x7f" if wide else b"\x00\x7e\x00\x7e"
     return {file: bytes(raw)}
 
 
-def _tensors(term: Any) -> list[Any]:
-    sides = [term] if term["kind"] == "coded" else [term["left"], term["right"]]
-    return [entry for side in sides for entry in side.get("tensors", {}).values()]
+def _flat(terms: Any) -> list[int]:
+    """Numbers of the records that terms use."""
+    sides = [side for term in terms for side in (term[1:] if isinstance(term, list) else [term])]
+    return [side for side in sides if side is not None]
 
 
 def remove_needed(rng: random.Random, files: Files) -> Changes:

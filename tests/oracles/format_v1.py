@@ -53,55 +53,79 @@ def read_layers(path: Path):
     record = json.loads(metadata["convex_caldera"])
     names = sorted({name.rsplit(".", 1)[0] for name in tensors})
     return {
-        name: decode_layer(record["schemes"][number], name, tensors)
+        name: decode_layer(record["schemes"][number], record["records"], name, tensors)
         for name, number in zip(names, record["layers"], strict=True)
     }
 
 
-def decode_layer(spec, name, tensors):
-    m, n = spec["shape"]
-    owners = []
-    for item in spec["transforms"]:
-        owners.append((id(item), item["tensors"]))
-    for term in spec["terms"]:
-        sides = [term] if term["kind"] == "coded" else [term["left"], term["right"]]
-        owners += [(id(side), side["tensors"]) for side in sides if side["kind"] == "coded"]
+def decode_layer(scheme, records, name, tensors):
+    m, n, transforms, terms = scheme
+    owners = [(("transform", i), records[k], (m, n)) for i, k in enumerate(transforms)]
+    for t, term in enumerate(terms):
+        if isinstance(term, int):
+            owners.append(((t,), records[term], (m, n)))
+            continue
+        for side, k, width in (("left", term[1], m), ("right", term[2], n)):
+            if k is not None:
+                owners.append(((t, side), records[k], (term[0], width)))
     parts = [
-        (owner, field, dtype, shape)
-        for owner, fields in owners
-        for field, (dtype, shape) in sorted(fields.items())
+        (owner, field, dtype, size)
+        for owner, record, shape in owners
+        for field, (dtype, size) in sorted(layout(record, shape).items())
     ]
     parts.sort(key=lambda part: -np.dtype(DTYPES[part[2]] or np.uint16).itemsize)
-    found, at = {}, 0
+    found, at = {owner: {} for owner, _, _ in owners}, 0
     for owner, field, dtype, shape in parts:
         size = int(np.prod(shape)) * np.dtype(DTYPES[dtype] or np.uint16).itemsize
         raw = tensors[f"{name}.packed"].tobytes()[at : at + size]
-        found[owner, field] = array(raw, dtype, shape)
+        found[owner][field] = array(raw, dtype, shape)
         at += size
     W = np.zeros((m, n))
-    for t, term in enumerate(spec["terms"]):
-        if term["kind"] == "coded":
-            W = W + coded(term, (m, n), found)
+    for t, term in enumerate(terms):
+        if isinstance(term, int):
+            W = W + coded(records[term], (m, n), found[t,])
             continue
-        r = term["rank"]
-        left = factor(term["left"], (r, m), found, tensors.get(f"{name}.left_{t}"), True)
-        right = factor(term["right"], (r, n), found, tensors.get(f"{name}.right_{t}"), False)
-        W = W + left @ right
-    for item in reversed(spec["transforms"]):
-        W = invert(item, W, found)
+        r, left, right = term
+        L = tensors.get(f"{name}.left_{t}")
+        R = tensors.get(f"{name}.right_{t}")
+        L = L if left is None else coded(records[left], (r, m), found[t, "left"]).T
+        R = R if right is None else coded(records[right], (r, n), found[t, "right"])
+        W = W + L.astype(np.float64) @ R.astype(np.float64)
+    for i, k in reversed(list(enumerate(transforms))):
+        W = invert(records[k], W, found["transform", i])
     return W
 
 
-def factor(item, shape, found, dense, transposed):
-    if item["kind"] == "dense":
-        return dense.astype(np.float64)
-    value = coded(item, shape, found)
-    return value.T if transposed else value
+def layout(record, shape):
+    """Stored tensors of a kind, {field: (dtype, shape)}."""
+    m, n = shape
+    kind, blocks = record["kind"], -(-n // 8)
+    if kind in ("uniform", "normal_float"):
+        b, g = record["bits"], record["group_size"]
+        grid = (1, 1) if g == -1 else (m, 1 if g == 0 else -(-n // min(g, n)))
+        scale = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[record["scale_dtype"]]
+        fields = {"scales": (scale, grid), "codes": ("U8", (-(-m * n * b // 8),))}
+        if kind == "uniform" and not record["symmetric"]:
+            fields["zero_points"] = ("U8", (-(-grid[0] * grid[1] * b // 8),))
+        return fields
+    if kind == "e8p":
+        return {"scale": ("F32", (1,)), "codes": ("U8", (m * blocks * record["bits"],))}
+    if kind == "trellis":
+        r = round(16 * record["bits"])
+        heights = [min(16, m - i) for i in range(0, m, 16)]
+        widths = [min(16, n - j) for j in range(0, n, 16)]
+        size = sum(-(-(h * d * r // 16) // 8) for h in heights for d in widths)
+        fields = {"scale": ("F32", (1,)), "codes": ("U8", (size,))}
+        return fields | ({"row_scale": ("F16", (m,))} if record["row_scales"] else {})
+    if kind == "scale":
+        return {"scale": ("F16", (n,))}
+    if kind == "permute":
+        return {"order": ("U16" if n <= 65536 else "U32", (n,))}
+    fields = {"input_signs": ("U8", (blocks,))} if record["inputs"] else {}
+    return fields | ({"output_signs": ("U8", (-(-m // 8),))} if record["outputs"] else {})
 
 
-def coded(item, shape, found):
-    record = item["quantizer"]
-    tensors = {field: found[id(item), field] for field in item["tensors"]}
+def coded(record, shape, tensors):
     decode = {"uniform": uniform, "normal_float": normal_float, "e8p": e8p, "trellis": trellis}
     return decode[record["kind"]](record, shape, tensors).astype(np.float64)
 
@@ -236,9 +260,8 @@ def level(code, s):
 # --- transforms -----------------------------------------------------------------------------
 
 
-def invert(item, W, found):
-    record, (m, n) = item["transform"], W.shape
-    tensors = {field: found[id(item), field] for field in item["tensors"]}
+def invert(record, W, tensors):
+    m, n = W.shape
     if record["kind"] == "scale":
         return W / tensors["scale"].astype(np.float64)
     if record["kind"] == "permute":

@@ -27,8 +27,9 @@ from convex_caldera.storage.layers import (
     plan_shards,
     planned_shard_bytes,
 )
+from convex_caldera.storage.schemes import compact, expand
 from convex_caldera.storage.shard import read_header, read_tensor, tensor_bytes, write_shard
-from convex_caldera.storage.spec import check_spec, packed_parts
+from convex_caldera.storage.spec import packed_parts
 from tests.storage.making import RECIPES, Flip, make_layer
 
 CASES = {
@@ -58,7 +59,7 @@ def a_layer(recipe: Recipe, shape: tuple[int, int], seed: int = 0) -> Compressed
 def test_layer_survives_its_tensors(case: str, shape: tuple[int, int]) -> None:
     layer = a_layer(CASES[case], shape)
     spec, tensors = layer_to_tensors(layer)
-    spec = check_spec(json.loads(json.dumps(spec)))
+    assert expand(*json.loads(json.dumps(compact([spec]))), 10_000) == [spec]
     again = layer_from_tensors(spec, tensors)
     assert torch.equal(again.decode(), layer.decode())
     assert layer_to_tensors(again)[0] == spec
@@ -79,15 +80,6 @@ def test_layer_takes_few_tensors_and_little_more_than_its_bytes(case: str) -> No
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
 def test_layout_is_known_before_the_data(case: str, shape: tuple[int, int]) -> None:
-    quantizers = [step.quantizer for step in CASES[case].steps if isinstance(step, Quantize)]
-    quantizers += [
-        step.factors.quantizer
-        for step in CASES[case].steps
-        if isinstance(step, FitLowRank) and step.factors
-    ]
-    missing = [q for q in quantizers if not hasattr(q, "layout")]
-    if missing:
-        pytest.fail(f"{missing[0]} has no layout")
     spec, tensors = layer_to_tensors(a_layer(CASES[case], shape))
     planned_spec, layout = recipe_layout(CASES[case], shape)
     assert planned_spec == spec
@@ -169,6 +161,31 @@ def test_equal_specs_are_stored_once() -> None:
     one = plan_shards(entries[:1])[0].num_bytes
     per_layer = (plan.num_bytes - one) / 8 - sum(i.num_bytes for i in entries[0].infos())
     assert per_layer < 80  # header bytes that one more layer costs here
+
+
+def test_layers_of_different_rank_share_their_records() -> None:
+    recipe = [
+        Recipe((FitLowRank(r, factors=FactorCoding(E8P(4))), *RECIPES[1].steps))
+        for r in range(1, 10)
+    ]
+    entries, _ = entries_of({f"l{r}": a_layer(recipe[r], (24, 40), r) for r in range(9)})
+    (plan,) = plan_shards(entries)
+    record = json.loads(plan.metadata["convex_caldera"])
+    assert len(record["records"]) == 2 and len(record["schemes"]) == 9
+    tensors = sum(info.num_bytes for info in plan.infos)
+    assert plan.num_bytes - tensors < 9 * 100 + 250
+
+
+def test_layout_that_lies_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = a_layer(RECIPES[0], (8, 16))
+    layout = {
+        "scales": (torch.float32, (8, 1)),
+        "codes": (torch.uint8, (32,)),
+        "zero_points": (torch.uint8, (2,)),
+    }
+    monkeypatch.setattr(Uniform, "layout", lambda self, shape: layout)
+    with pytest.raises(FormatError, match="layout says"):
+        layer_to_tensors(layer)
 
 
 def test_rank_zero_is_dropped_and_nothing_is_refused() -> None:

@@ -7,24 +7,22 @@ Dense factors stay tensors of their own, `left_<t>` and `right_<t>` for term t, 
 be trained in place.
 
 The spec says what is in `packed`: kinds and fields of quantizers and transforms (as in
-`recipes.records`), and dtype and shape of every part. docs/format.md, section 4, is normative.
+`recipes.records`), and dtype and shape of every part. docs/format.md, section 3, is normative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
-from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe
-from convex_caldera.core.terms import Coded, CompressedLayer, Dense, Factor, LowRank, Term
+from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, Quantizer
+from convex_caldera.core.recipe import Quantize, Recipe
+from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import FormatError, RecipeError
-from convex_caldera.recipes.records import from_record, to_record
-from convex_caldera.storage.shard import NAMES
+from convex_caldera.recipes.records import from_record
 from convex_caldera.storage.spec import (
     CODES,
     FACTOR_DTYPES,
@@ -33,9 +31,11 @@ from convex_caldera.storage.spec import (
     Owner,
     Part,
     Spec,
+    coded_spec,
     packed_parts,
     padding,
     spec_layout,
+    transform_spec,
 )
 
 # --- layer -> spec and tensors --------------------------------------------------------------
@@ -45,17 +45,18 @@ def layer_to_tensors(layer: CompressedLayer) -> tuple[Spec, dict[str, Tensor]]:
     """Spec and tensors (CPU) of a layer; the inverse of `layer_from_tensors`.
 
     Low-rank terms of rank 0 are dropped. Raises FormatError if nothing is left to store, or a
-    quantizer or transform is in no table.
+    part stores something else than its `layout` says; RecipeError if its kind is in no table.
     """
     terms = [t for t in layer.terms if not (isinstance(t, LowRank) and t.rank == 0)]
-    spec: Spec = {
-        "shape": list(layer.shape),
-        "transforms": [_transform_spec(t.transform, t.tensors()) for t in layer.transforms],
-        "terms": [_term_spec(term) for term in terms],
-    }
     if not terms:
         raise FormatError(f"a layer of shape {layer.shape} without terms would decode to zeros")
-    values: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+    shape = layer.shape
+    spec: Spec = {
+        "shape": list(shape),
+        "transforms": [transform_spec(fitted.transform, shape) for fitted in layer.transforms],
+        "terms": [_term_spec(term, shape) for term in terms],
+    }
+    values: dict[Owner, dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
     for i, fitted in enumerate(layer.transforms):
         values["transforms", i] = fitted.tensors()
@@ -71,7 +72,7 @@ def layer_to_tensors(layer: CompressedLayer) -> tuple[Spec, dict[str, Tensor]]:
                         values["terms", i, side] = _coded_tensors(factor)
     parts = packed_parts(spec)
     if parts:
-        pieces = [_as_bytes(values[part.owner][part.field]) for part in parts]
+        pieces = [_as_bytes(_checked(values, part)) for part in parts]
         pieces.append(torch.zeros(padding(parts), dtype=torch.uint8))
         tensors[PACKED] = torch.cat(pieces)
     return spec, tensors
@@ -81,73 +82,55 @@ def recipe_layout(recipe: Recipe, shape: tuple[int, int]) -> tuple[Spec, Layout]
     """What a layer of `shape` fitted by `recipe` will be stored as, before any data is seen.
 
     The spec is equal to that of `layer_to_tensors` for the fitted layer, and the layout to the
-    dtypes and shapes of its tensors.
+    dtypes and shapes of its tensors. Raises RecipeError if a rank exceeds the shape.
     """
-    spec: Spec = {
-        "shape": list(shape),
-        "transforms": [_layout_spec(t, shape, "transform") for t in recipe.transforms],
-        "terms": [],
-    }
+    terms: list[Spec] = []
     for step in recipe.steps:
         if isinstance(step, Quantize):
-            spec["terms"].append({"kind": "coded", **_layout_spec(step.quantizer, shape)})
+            terms.append(coded_spec(step.quantizer, shape))
         elif step.rank:
-            spec["terms"].append(_low_rank_layout(step, shape))
+            quantizer = step.factors.quantizer if step.factors else None
+            terms.append(_low_rank_spec(step.rank, shape, quantizer, quantizer))
+    transforms = [transform_spec(transform, shape) for transform in recipe.transforms]
+    spec = {"shape": list(shape), "transforms": transforms, "terms": terms}
     return spec, spec_layout(spec, torch.float16)
 
 
-def _transform_spec(transform: Any, tensors: Mapping[str, Tensor]) -> Spec:
-    return {"transform": to_record(transform), "tensors": _describe(tensors)}
-
-
-def _term_spec(term: Term) -> Spec:
+def _term_spec(term: Term, shape: tuple[int, int]) -> Spec:
     if isinstance(term, Coded):
-        return {"kind": "coded", **_coded_spec(term)}
-    return {
-        "kind": "low_rank",
-        "rank": term.rank,
-        "left": _factor_spec(term.left),
-        "right": _factor_spec(term.right),
+        return coded_spec(term.fitted.quantizer, shape)
+    left, right = (
+        factor.fitted.quantizer if isinstance(factor, Coded) else None
+        for factor in (term.left, term.right)
+    )
+    return _low_rank_spec(term.rank, shape, left, right)
+
+
+def _low_rank_spec(
+    rank: int, shape: tuple[int, int], left: Quantizer | None, right: Quantizer | None
+) -> Spec:
+    """Factors coded by `left` and `right`, dense where None."""
+    if rank > min(shape):
+        raise RecipeError(f"rank {rank} exceeds the smaller side of {shape}")
+    sides = {
+        side: {"kind": "dense"} if quantizer is None else coded_spec(quantizer, (rank, width))
+        for side, quantizer, width in (("left", left, shape[0]), ("right", right, shape[1]))
     }
-
-
-def _factor_spec(factor: Factor) -> Spec:
-    if isinstance(factor, Dense):
-        return {"kind": "dense"}
-    return {"kind": "coded", **_coded_spec(factor)}
-
-
-def _coded_spec(coded: Coded) -> Spec:
-    return {
-        "quantizer": to_record(coded.fitted.quantizer),
-        "tensors": _describe(_coded_tensors(coded)),
-    }
+    return {"kind": "low_rank", "rank": rank, **sides}
 
 
 def _coded_tensors(coded: Coded) -> dict[str, Tensor]:
     return {**coded.fitted.tensors(), CODES: coded.fitted.pack(coded.codes)}
 
 
-def _describe(tensors: Mapping[str, Tensor]) -> Spec:
-    return {name: [NAMES[t.dtype], list(t.shape)] for name, t in sorted(tensors.items())}
-
-
-def _layout_spec(owner: Any, shape: tuple[int, int], role: str = "quantizer") -> Spec:
-    layout = sorted(owner.layout(shape).items())
-    tensors = {name: [NAMES[dtype], list(size)] for name, (dtype, size) in layout}
-    return {role: to_record(owner), "tensors": tensors}
-
-
-def _low_rank_layout(step: FitLowRank, shape: tuple[int, int]) -> Spec:
-    m, n = shape
-    if step.rank > min(m, n):
-        raise RecipeError(f"rank {step.rank} exceeds the smaller side of {shape}")
-    sides: dict[str, Spec] = {"left": {"kind": "dense"}, "right": {"kind": "dense"}}
-    if step.factors is not None:
-        quantizer = step.factors.quantizer
-        for side, width in (("left", m), ("right", n)):
-            sides[side] = {"kind": "coded", **_layout_spec(quantizer, (step.rank, width))}
-    return {"kind": "low_rank", "rank": step.rank, **sides}
+def _checked(values: Mapping[Owner, Mapping[str, Tensor]], part: Part) -> Tensor:
+    """The tensor of a part, if it is what the layout of its kind says."""
+    tensor = values[part.owner].get(part.field)
+    if tensor is None or tensor.dtype != part.dtype or tuple(tensor.shape) != part.shape:
+        got = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+        where = ".".join(map(str, (*part.owner, part.field)))
+        raise FormatError(f"{where}: its layout says {part.dtype} {part.shape}, it stores {got}")
+    return tensor
 
 
 # --- spec and tensors -> layer --------------------------------------------------------------
@@ -183,7 +166,7 @@ StoredTerm = StoredCoded | StoredLowRank
 
 
 def layer_from_tensors(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedLayer:
-    """Rebuild a layer from a checked spec (`check_spec`) and its tensors.
+    """Rebuild a layer from its spec and tensors.
 
     Raises FormatError if a tensor is missing, superfluous, of the wrong dtype or shape, holds NaN
     or infinite numbers, or if codes are out of range.

@@ -1,19 +1,20 @@
 """Shards of compressed layers: their layout, their exact size, and reading them back.
 
-A shard's metadata holds one JSON text under "convex_caldera": the distinct specs ("schemes") and,
-for each layer in the order of the names, which scheme it follows. Layer names are those of the
-tensors, `<layer>.<field>`, so that nothing is written twice. All of this depends on specs alone;
-a planner knows the bytes of a file before any weight is compressed.
+A shard's metadata holds one JSON text under "convex_caldera": the distinct specs as `schemes`
+writes them and, for each layer in the order of the names, which of them it follows. Layer names
+are those of the tensors, `<layer>.<field>`, so that nothing is written twice. All of this depends
+on specs alone; a planner knows the bytes of a file before any weight is compressed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convex_caldera.errors import FormatError
 from convex_caldera.recipes.records import canonical_json
+from convex_caldera.storage.schemes import compact, expand
 from convex_caldera.storage.shard import (
     NAMES,
     Header,
@@ -21,7 +22,7 @@ from convex_caldera.storage.shard import (
     parse_json,
     shard_bytes,
 )
-from convex_caldera.storage.spec import FACTOR_DTYPES, PACKED, Layout, Spec, check_spec, spec_layout
+from convex_caldera.storage.spec import FACTOR_DTYPES, PACKED, Layout, Spec, spec_layout
 
 FORMAT_VERSION = 1
 METADATA_KEY = "convex_caldera"
@@ -89,17 +90,19 @@ def shard_metadata(specs: Mapping[str, Spec], explicit_names: bool = False) -> d
     `explicit_names` writes {name: scheme} for files that hold other tensors too, as those of
     `save_pretrained` do.
     """
-    schemes: list[Spec] = []
-    index: dict[str, int] = {}
-    numbers: dict[str, int] = {}
-    for name in sorted(specs):
-        text = canonical_json(specs[name])
-        if text not in index:
-            index[text] = len(schemes)
-            schemes.append(specs[name])
-        numbers[name] = index[text]
-    layers = numbers if explicit_names else list(numbers.values())
-    record = {"layers": layers, "schemes": schemes, "version": FORMAT_VERSION}
+    distinct: dict[str, Spec] = {}
+    texts = {name: canonical_json(specs[name]) for name in sorted(specs)}
+    for name, text in texts.items():
+        distinct.setdefault(text, specs[name])
+    number = {text: i for i, text in enumerate(distinct)}
+    numbers = {name: number[text] for name, text in texts.items()}
+    records, schemes = compact(list(distinct.values()))
+    record = {
+        "layers": numbers if explicit_names else list(numbers.values()),
+        "records": records,
+        "schemes": schemes,
+        "version": FORMAT_VERSION,
+    }
     return {"format": "pt", METADATA_KEY: canonical_json(record)}
 
 
@@ -123,17 +126,22 @@ def layer_specs(header: Header) -> dict[str, Spec]:
         return {}
     file = header.path.name
     record = parse_json(text, file)
-    if not isinstance(record, dict) or set(record) != {"layers", "schemes", "version"}:
-        raise FormatError(f"{file}: metadata needs exactly layers, schemes and version")
+    if not isinstance(record, dict) or set(record) != {"layers", "records", "schemes", "version"}:
+        raise FormatError(f"{file}: metadata needs exactly layers, records, schemes and version")
     if type(record["version"]) is not int or record["version"] != FORMAT_VERSION:
         raise FormatError(
             f"{file}: format version {record['version']!r}; this program reads {FORMAT_VERSION}"
         )
-    schemes = [_in_file(file, check_spec, scheme) for scheme in _list(record["schemes"], file)]
+    try:
+        schemes = expand(record["records"], record["schemes"], header.path.stat().st_size)
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from error
     if isinstance(record["layers"], dict):
         return {n: schemes[_index(k, schemes, file)] for n, k in record["layers"].items()}
     names = sorted({name.rpartition(".")[0] for name in header.entries})
-    numbers = [_index(number, schemes, file) for number in _list(record["layers"], file)]
+    if not isinstance(record["layers"], list):
+        raise FormatError(f"{file}: layers must be a list or a table")
+    numbers = [_index(number, schemes, file) for number in record["layers"]]
     if len(names) != len(numbers) or set(numbers) != set(range(len(schemes))):
         raise FormatError(f"{file}: {len(names)} layers, {len(numbers)} scheme numbers")
     specs = {name: schemes[number] for name, number in zip(names, numbers, strict=True)}
@@ -161,20 +169,7 @@ def _plan(group: Sequence[LayerEntry]) -> ShardPlan:
     return ShardPlan(tuple(entry.name for entry in group), infos, metadata)
 
 
-def _list(value: Any, file: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise FormatError(f"{file}: layers and schemes must be lists")
-    return value
-
-
 def _index(value: Any, schemes: list[Spec], file: str) -> int:
     if type(value) is not int or not 0 <= value < len(schemes):
         raise FormatError(f"{file}: scheme number {value!r} of {len(schemes)}")
     return value
-
-
-def _in_file(file: str, check: Callable[[Any], Spec], value: Any) -> Spec:
-    try:
-        return check(value)
-    except FormatError as error:
-        raise FormatError(f"{file}: {error}") from error
