@@ -34,6 +34,7 @@ from convex_caldera.recipes.convex import (
 from convex_caldera.recipes.records import canonical_json
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.certifying import certificate_of
+from convex_caldera.workflow.curvatures import KroneckerCurvatures
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes, ties_of, wishes_of
 from convex_caldera.workflow.progress import Progress
@@ -71,6 +72,7 @@ class Allocator:
         self.weights = {name: s.shape[0] * s.shape[1] for name, s in self.sites.items()}
         self.ties = ties_of(job.settings.tie, job.sites)
         self.unit = "nats" if job.curvature == "kronecker" else "relative"
+        self.scale: dict[str, float] = {}
         self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
 
     def run_all(self) -> tuple[Plan, dict[str, Any]]:
@@ -79,6 +81,7 @@ class Allocator:
         with PartialRun(self.run.folder / "measured", fingerprint) as measured:
             probes = {name: self._probes(name) for name in self.sites}
             self._measure(measured, probes, "probe")
+            self.scale = self._held_out_scale(measured, probes)
             proposal = self._propose(measured, probes)
             menus = {name: self._menu(name, proposal) for name in self.sites}
             self._measure(measured, menus, "measure")
@@ -132,7 +135,36 @@ class Allocator:
 
     def _distortion(self, measured: PartialRun, name: str, choice: Choice) -> float:
         record = measured.record(_key(name, choice))
-        return float(record["loss"] if self.unit == "nats" else record["relative_loss"])
+        if self.unit == "nats":
+            return float(record["loss"]) * self.scale.get(name, 1.0)
+        return float(record["relative_loss"])
+
+    def _held_out_scale(
+        self, measured: PartialRun, probes: Mapping[str, list[Choice]]
+    ) -> dict[str, float]:
+        """By how much the probes cost more on held-out sequences than the curvature says.
+
+        The curvature is fitted to the sequences that it was measured on and is a Kronecker
+        product, which the Fisher matrix is not: both flatter it. Per layer the ratio of the
+        held-out sequence Fisher to the Kronecker loss of the same errors, drawn halfway to the
+        mean of all layers since it is noisy, scales every option of the layer alike.
+        """
+        curvatures = self.fitter.curvatures
+        if not isinstance(curvatures, KroneckerCurvatures) or not curvatures.has_held_out:
+            return {}
+        errors = {}
+        for name, choices in probes.items():
+            W = self.fitter.weight(self.sites[name])
+            errors[name] = [measured.get(_key(name, c)).decode() - W for c in choices]
+        seen = curvatures.held_out_loss(errors, self.job.settings.seed, self.progress)
+        logs = {}
+        for name, choices in probes.items():
+            said = [float(measured.record(_key(name, c))["loss"]) for c in choices]
+            ratios = [a / b for a, b in zip(seen[name], said, strict=True) if a > 0 and b > 0]
+            if ratios:
+                logs[name] = sum(map(math.log, ratios)) / len(ratios)
+        mean = sum(logs.values()) / max(len(logs), 1)
+        return {name: math.exp(0.5 * (logs.get(name, mean) + mean)) for name in probes}
 
     def _rate_model(self, measured: PartialRun, name: str, probes: list[Choice]) -> RateModel:
         """c and k from the two rates; what the probed rank saves, at what it costs."""

@@ -10,15 +10,15 @@ All are gathered once, kept where a resumed run finds them, and asked for layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from convex_caldera.calibrate.collect import collect
-from convex_caldera.calibrate.curvature import Curvature, sequence_curvature
+from convex_caldera.calibrate.curvature import Curvature, sequence_curvature, sequence_fisher
 from convex_caldera.calibrate.saved import (
     INDEX,
     Provenance,
@@ -33,6 +33,9 @@ from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.progress import Progress
+
+# Share of the sequences that no curvature sees; predictions are scaled to what they say.
+HELD_OUT = 1 / 3
 
 CurvatureKind = Literal["none", "input", "kronecker"]
 
@@ -75,11 +78,15 @@ class InputCurvatures:
 
 
 class KroneckerCurvatures:
-    """Both sides of every layer, in memory."""
+    """Both sides of every layer, in memory; some sequences are held out to check predictions."""
 
-    def __init__(self, curvatures: dict[str, Curvature], tokens: int):
+    def __init__(
+        self, curvatures: dict[str, Curvature], model: Any, tokens: Tensor, held_out: Tensor
+    ):
         self._curvatures = curvatures
-        self._tokens = tokens
+        self._model = model
+        self._tokens = tokens.numel()
+        self._held_out = held_out
 
     def problem(self, site: Site, W: Tensor) -> Problem:
         hessian, output = self._curvatures[site.name].hessians(site.name)
@@ -88,6 +95,32 @@ class KroneckerCurvatures:
     def tokens(self, site: Site) -> int:
         del site
         return self._tokens
+
+    @property
+    def has_held_out(self) -> bool:
+        return len(self._held_out) > 0
+
+    def held_out_loss(
+        self, errors: Mapping[str, Sequence[Tensor]], seed: int, progress: Progress
+    ) -> dict[str, list[float]]:
+        """Nats per token of errors W^ - W by the sequence Fisher of the held-out sequences."""
+        progress.start("held out", len(self._held_out))
+        return sequence_fisher(
+            self._model, self._held_out, errors, seed=seed + 1, progress=steps_of(progress)
+        )
+
+
+def steps_of(progress: Progress) -> Callable[[int, int], None]:
+    """Turns (done, in all) into steps of the current stage."""
+    seen = [0]
+
+    def advance(done: int, total: int) -> None:
+        del total
+        for _ in range(done - seen[0]):
+            progress.advance()
+        seen[0] = done
+
+    return advance
 
 
 def gather(
@@ -113,18 +146,12 @@ def gather(
     if kind == "input":
         return InputCurvatures(_input_statistics(skeleton, tokens, folder, progress))
     model = load_original(skeleton.path, skeleton.dtype, str(skeleton.device))
-    progress.start("curvature", len(tokens))
-    seen = [0]
-
-    def advance(done: int, total: int) -> None:
-        del total
-        for _ in range(done - seen[0]):
-            progress.advance()
-        seen[0] = done
-
+    count = max(1, round(len(tokens) * (1 - HELD_OUT)))
+    used, held_out = tokens[:count], tokens[count:]
+    progress.start("curvature", count)
     names = [site.name for site in sites]
-    curvatures = sequence_curvature(model, tokens, names, seed=seed, progress=advance)
-    return KroneckerCurvatures(curvatures, tokens.numel())
+    curvatures = sequence_curvature(model, used, names, seed=seed, progress=steps_of(progress))
+    return KroneckerCurvatures(curvatures, model, used, held_out)
 
 
 def _input_statistics(

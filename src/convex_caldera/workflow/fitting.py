@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.fit.backfit import Fit, fit_layer
@@ -31,9 +32,12 @@ class Fitter:
 
     def fit(self, site: Site, recipe: Recipe) -> Fit:
         """The compressed layer; a pure function of model, text, recipe and seed."""
-        W = self.skeleton.tensor(f"{site.name}.weight").float()
-        problem = self.curvatures.problem(site, W.to(self.skeleton.device))
+        problem = self.curvatures.problem(site, self.weight(site))
         return fit_layer(problem, recipe, seed=self.seed, layer=site.name, site=site.input_site)
+
+    def weight(self, site: Site) -> Tensor:
+        """W (m, n) of a site, float32, where the work is done."""
+        return self.skeleton.tensor(f"{site.name}.weight").float().to(self.skeleton.device)
 
     def record(self, site: Site, recipe: Recipe, fit: Fit) -> dict[str, Any]:
         """One layer's entry in the report."""
