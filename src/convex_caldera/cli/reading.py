@@ -22,6 +22,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(verify)
     app.command()(report)
     app.command()(export)
+    app.command()(distortion)
     app.command()(methods)
 
 
@@ -134,6 +135,24 @@ def export(
 
     export_directory(directory, output_dir, dtype)
     print(f"plain {dtype} weights -> {output_dir}")
+
+
+def distortion(
+    quantizer: Annotated[str, typer.Argument(help="uniform, normal_float, e8p, trellis, ...")],
+    bits: Annotated[float, typer.Option(help="Bits per weight of its codes.")] = 2.0,
+    size: Annotated[int, typer.Option(help="Gaussian weights to quantize.")] = 1 << 20,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Field of the quantizer: name=value. May be repeated.")
+    ] = None,
+    json: opt.Json = None,
+) -> None:
+    """Mean squared error of a quantizer on N(0, 1) beside the Shannon limit 2^(-2 bits)."""
+    from convex_caldera.workflow.distorting import measure_distortion
+
+    result = measure_distortion(quantizer, bits, size, seed, tuple(option or ()))
+    print(result.text())
+    opt.write_json(json, result.to_dict())
 
 
 def methods(json: opt.Json = None) -> None:
