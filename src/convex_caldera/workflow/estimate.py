@@ -18,6 +18,8 @@ from convex_caldera.workflow.settings import Settings
 
 # torch, transformers and this package once imported, measured on a 64-bit Linux.
 LIBRARIES_BYTES = 450_000_000
+# Layers fitted at a time, float32 copies of a weight in a fit, sequences in a gradient batch.
+WORKERS, FIT_COPIES, GRADIENT_BATCH = 2, 8, 4
 
 
 @dataclass(frozen=True)
@@ -112,21 +114,37 @@ def estimate(settings: Settings) -> Estimate:
 
 def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
     """Bytes at the peak, by what takes them; each layer is fitted with a few copies of itself."""
-    itemsize = skeleton.dtype.itemsize
-    widths = {site.input_site: site.shape[1] for site in skeleton.sites if site.block == 0}
-    block = sum(s.shape[0] * s.shape[1] for s in skeleton.sites if s.block == 0)
+    kind = method_named(settings.method).curvature
+    kind = kind if settings.curvature == "auto" else settings.curvature
     largest = max((s.shape[0] * s.shape[1] for s in skeleton.sites), default=0)
-    widest = max(widths.values(), default=0)
-    hidden = skeleton.model.config.get_text_config().hidden_size
-    tokens = (
-        settings.nsamples * settings.seqlen
-        if method_named(settings.method).curvature != "none"
-        else 0
-    )
+    widest = max((max(s.shape) for s in skeleton.sites), default=0)
     return {
         "libraries": LIBRARIES_BYTES,
-        "one block": itemsize * block,
-        "hidden states": 4 * tokens * hidden,
+        **(_gradient_memory(settings, skeleton) if kind == "kronecker" else {}),
+        **(_input_memory(settings, skeleton) if kind == "input" else {}),
+        "layers being fitted": WORKERS * (FIT_COPIES * 4 * largest + 4 * 8 * widest * widest),
+    }
+
+
+def _input_memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
+    """One block, what waits between blocks, and float64 moments of one block's inputs."""
+    widths = {site.input_site: site.shape[1] for site in skeleton.sites if site.block == 0}
+    block = sum(s.shape[0] * s.shape[1] for s in skeleton.sites if s.block == 0)
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    return {
+        "one block": skeleton.dtype.itemsize * block,
+        "hidden states": 4 * settings.nsamples * settings.seqlen * hidden,
         "second moments": 8 * sum(3 * n * n for n in widths.values()),
-        "layers being fitted": 4 * 8 * largest + 8 * 4 * widest * widest,
+    }
+
+
+def _gradient_memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
+    """The whole model, activations of one batch with their logits, and both sides' moments."""
+    config = skeleton.model.config.get_text_config()
+    weights = sum(math.prod(shape) for shape in skeleton.checkpoint.shapes().values())
+    per_token = sum(sum(site.shape) for site in skeleton.sites) + 4 * config.vocab_size
+    return {
+        "whole model": skeleton.dtype.itemsize * weights,
+        "activations": 4 * GRADIENT_BATCH * settings.seqlen * per_token,
+        "curvature": 4 * sum(m * m + n * n for m, n in (site.shape for site in skeleton.sites)),
     }
