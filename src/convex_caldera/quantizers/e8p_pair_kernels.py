@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from convex_caldera.quantizers import e8p_points
 from convex_caldera.quantizers.e8p_kernels import (
+    Codes,
+    Floats,
     _decode,
     _nearest,
     row_table,
@@ -20,9 +23,7 @@ from convex_caldera.quantizers.e81b_kernels import code_table
 _CHUNK = 512
 
 
-def nearest_pairs(
-    x: NDArray[np.float32], second_bits: int, rho: float, neighbors: int
-) -> NDArray[np.int64]:
+def nearest_pairs(x: Floats, second_bits: int, rho: float, neighbors: int) -> Codes:
     """Codes (N,), first << second_bits | second, of x (N, 8); 8 bits is E81B, 16 is E8P."""
     first_tables = (row_table(), shell_rows(), signed_rows())
     ball_tables = (code_table(), e8p_points.ball_points().numpy())
@@ -31,7 +32,14 @@ def nearest_pairs(
 
 
 @njit(cache=True, nogil=True)
-def _nearest_pairs(x, second_bits, gains, neighbors, first_tables, ball_tables):
+def _nearest_pairs(
+    x: Floats,
+    second_bits: int,
+    gains: tuple[Any, Any],
+    neighbors: int,
+    first_tables: tuple[Codes, Floats, Floats],
+    ball_tables: tuple[Codes, Floats],
+) -> Codes:
     codes = np.zeros(x.shape[0], dtype=np.int64)
     for start in range(0, x.shape[0], _CHUNK):
         part = x[start : start + _CHUNK]
@@ -64,7 +72,17 @@ def _nearest_pairs(x, second_bits, gains, neighbors, first_tables, ball_tables):
 
 
 @njit(cache=True, nogil=True)
-def _try(x, first, points, second_bits, gains, first_tables, ball_tables, best, errors):
+def _try(
+    x: Floats,
+    first: Codes,
+    points: Floats,
+    second_bits: int,
+    gains: tuple[Any, Any],
+    first_tables: tuple[Codes, Floats, Floats],
+    ball_tables: tuple[Codes, Floats],
+    best: Codes,
+    errors: Floats,
+) -> None:
     """Put the second stage behind the first points; keep what is nearer to x than `best`."""
     left = (x - points) * gains[0]
     if second_bits == 8:
@@ -84,7 +102,7 @@ def _try(x, first, points, second_bits, gains, first_tables, ball_tables, best, 
 
 
 @njit(cache=True, nogil=True)
-def _nearest_e8p(x, first_tables):
+def _nearest_e8p(x: Floats, first_tables: tuple[Codes, Floats, Floats]) -> Codes:
     codes, costs = _nearest(x, first_tables[0], first_tables[1])
     nearest = codes[:, 0].copy()
     for v in range(x.shape[0]):
@@ -94,7 +112,7 @@ def _nearest_e8p(x, first_tables):
 
 
 @njit(cache=True, nogil=True)
-def _descending(gaps, neighbors):
+def _descending(gaps: Floats, neighbors: int) -> Codes:
     """(N, neighbors + 1) coordinates of the largest |gaps|, largest first, ties in order."""
     order = np.zeros((gaps.shape[0], neighbors + 1), dtype=np.int64)
     for v in range(gaps.shape[0]):
@@ -109,7 +127,7 @@ def _descending(gaps, neighbors):
 
 
 @njit(cache=True, nogil=True)
-def _moved(points, gaps, order, j):
+def _moved(points: Floats, gaps: Floats, order: Codes, j: int) -> Floats:
     """One step along the largest gap and one along the j-th."""
     moved = points.copy()
     for v in range(points.shape[0]):
@@ -119,7 +137,7 @@ def _moved(points, gaps, order, j):
 
 
 @njit(cache=True, nogil=True)
-def _put_back(beside, decoded, moved, first, points):
+def _put_back(beside: Codes, decoded: Floats, moved: Floats, first: Codes, points: Floats) -> None:
     """Where a moved point is not in the codebook, the point it came from."""
     for v in range(moved.shape[0]):
         inside = True

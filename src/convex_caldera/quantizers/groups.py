@@ -7,6 +7,7 @@ as long as what is left.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,13 @@ def check_columns(x: Tensor, shape: tuple[int, int], start: int, block: int) -> 
         )
 
 
+def check_codes(codes: Tensor, size: int) -> None:
+    """FormatError if a code is not one of 0 .. size - 1."""
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        least, most = int(codes.min()), int(codes.max())
+        raise FormatError(f"codes lie in 0 .. {size - 1}, got {least} .. {most}")
+
+
 def round_scales(scales: Tensor, scale_dtype: str) -> Tensor:
     """Scales in their stored type.
 
@@ -141,7 +149,7 @@ def round_scales(scales: Tensor, scale_dtype: str) -> Tensor:
 
 
 def checked_tensor(
-    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """A stored tensor of exactly this shape and type, finite; FormatError otherwise."""
     if name not in tensors:
