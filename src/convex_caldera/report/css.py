@@ -29,7 +29,7 @@ th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--ink);
   font-weight: 600; min-width: 5rem; }
-th:first-child, td.text, thead th:first-child { text-align: left; }
+th:first-child, td.text, thead th.text { text-align: left; }
 tbody th { font-weight: 500; }
 tr.strong { background: var(--tint); }
 .layers tbody th { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;

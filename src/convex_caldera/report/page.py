@@ -44,12 +44,12 @@ def page(
         comparison: figures over all runs.
         own: for every run its figures.
     """
-    title = f"Compression report: {', '.join(run.title for run in runs[:4])}"
-    title += f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+    title = f"{len(runs)} compressed models" if len(runs) > 1 else runs[0].title
+    title = f"Compression report: {title}"
     parts = [_head(title), f"<h1>{_text(title)}</h1>", _lead(runs)]
     parts.append(_navigation(runs))
     parts.append(_results(runs, evaluations))
-    parts.append(_figures(comparison))
+    parts.append(_figures(comparison, "recheck"))
     for number, (run, drawn) in enumerate(zip(runs, own, strict=True), start=1):
         parts.append(_run_section(run, number, drawn, evaluations))
     parts.append(_recheck(runs, evaluations))
@@ -68,7 +68,8 @@ def _head(title: str) -> str:
 
 def _lead(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        return f'<p class="lead">{len(runs)} compressed models side by side.</p>'
+        methods = ", ".join(dict.fromkeys(run.method for run in runs))
+        return f'<p class="lead">Side by side: {_text(methods)}.</p>'
     run = runs[0]
     sentence = f"Method <strong>{_text(run.method)}</strong>, {len(run.layers):,} layers"
     sentence += f" with {run.compressed_weights:,} weights"
@@ -132,7 +133,7 @@ def _run_section(
             f'<p class="soft">{_text(run.method)} makes no plan with a certificate: bits follow '
             "from one recipe for all layers.</p>"
         )
-    parts.append(_figures(drawn))
+    parts.append(_figures(drawn, f"recheck-{number}"))
     parts.append(html_table(layer_rows(run), "layers", f"Every layer of {run.title}"))
     parts.append(
         '<p class="soft">Bits are stored bits per original weight of the layer without the file '
@@ -167,13 +168,13 @@ def _certificate(run: Run, c: Certificate, evaluations: Sequence[EvaluationFile]
 
 def _recheck(runs: Sequence[Run], evaluations: Sequence[EvaluationFile]) -> str:
     parts = ['<h2 id="recheck">How to recheck</h2>']
-    for run in runs:
-        if len(runs) > 1:
-            parts.append(f"<h3>{_text(run.title)}</h3>")
+    for number, run in enumerate(runs, start=1):
+        parts.append(f'<h3 id="recheck-{number}">{_text(run.title)}</h3>')
         lines = [f"# {what}\n{command}" for what, command in words.commands(run)]
         parts.append(f"<pre>{_block(chr(10).join(lines))}</pre>")
     for number, evaluation in enumerate(evaluations, start=1):
-        parts.append(f'<h3 id="eval-{number}">Evaluation {number}</h3>')
+        where = f" on {shown(evaluation.text)}" if evaluation.text else ""
+        parts.append(f'<h3 id="eval-{number}">Evaluation{_text(where)}</h3>')
         parts.append(f"<pre>{_block(words.evaluation_command(evaluation))}</pre>")
     return "\n".join(parts)
 
@@ -196,7 +197,7 @@ def _provenance(runs: Sequence[Run]) -> str:
     return "\n".join(parts)
 
 
-def _figures(drawn: Sequence[Drawn]) -> str:
+def _figures(drawn: Sequence[Drawn], commands: str) -> str:
     if not drawn:
         return ""
     cells = []
@@ -207,7 +208,8 @@ def _figures(drawn: Sequence[Drawn]) -> str:
             f"<figure><h4>{_text(p.title)}</h4>"
             f'<img alt="{_text(p.title)}. {_text(p.caption)}" '
             f'src="data:image/svg+xml;base64,{data}">'
-            f"<figcaption>{_text(p.caption)} <code>{_text(p.command)}</code></figcaption></figure>"
+            f"<figcaption>{_text(p.caption)} {_link(p.source or commands, 'Commands')}."
+            "</figcaption></figure>"
         )
     return f'<div class="figures">{"".join(cells)}</div>'
 

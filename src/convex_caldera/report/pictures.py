@@ -6,14 +6,14 @@ A figure that has nothing to say (all ranks equal, nothing measured) is left out
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convex_caldera.report.byte_parts import FILE_HEADERS, PARTS, REST
+from convex_caldera.report.byte_parts import PARTS, REST
 from convex_caldera.report.names import short_kinds
 from convex_caldera.report.plots.by_layer import draw_by_layer
 from convex_caldera.report.plots.byte_bars import draw_byte_bars
@@ -26,7 +26,6 @@ from convex_caldera.report.plots.rank_bits import draw_rank_bits
 from convex_caldera.report.plots.spectra import draw_spectra
 from convex_caldera.report.rows import ORIGINAL, Entry, entries, shown
 from convex_caldera.report.run import EvaluationFile, LayerRow, Run, Score
-from convex_caldera.report.words import evaluation_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +40,15 @@ SPECTRUM_TITLES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure to be: its file name, what it shows, and the command behind its numbers."""
+    """A figure to be: its file name, what it shows, and which command its numbers come from.
+
+    `source` is the page's anchor of that command: "eval-2", or "" for the commands of the run.
+    """
 
     name: str
     title: str
     caption: str
-    command: str
+    source: str
     draw: Callable[[], Figure]
 
 
@@ -60,21 +62,29 @@ def comparison_pictures(
         yield from _quality_pictures(everything, e, evaluation, suffix)
     with_parts = [run for run in runs if run.byte_parts]
     if with_parts:
-        bars = {f"{run.title} ({run.method})": _total_parts(run, 1e-3) for run in with_parts}
+        bars = {run.title: _parts(run, 1e-3) for run in with_parts}
         yield Picture(
             "bytes_by_file",
             "Where the bytes went",
             "Weight files of each model. What is kept as it was (embeddings, norms, biases) is in "
             "the files too and counted in their size.",
-            f"convex-caldera inspect {with_parts[0].title}",
+            "",
             partial(draw_byte_bars, bars, PARTS, quantity="size of the weight files (kB)"),
+        )
+    if len(with_parts) > 1:
+        bits = {run.title: _parts(run, 8 / run.compressed_weights, {REST}) for run in with_parts}
+        yield Picture(
+            "bits_by_file",
+            "Where the bits of a compressed weight went",
+            "The compressed layers alone, file headers included.",
+            "",
+            partial(draw_byte_bars, bits, PARTS, quantity="stored bits per compressed weight"),
         )
 
 
 def run_pictures(run: Run) -> Iterator[Picture]:
     """Figures of one run."""
-    inspect = f"convex-caldera inspect {run.title}"
-    yield from _maps(run, inspect)
+    yield from _maps(run)
     yield _by_layer(
         run,
         "relative_loss_by_layer",
@@ -89,7 +99,7 @@ def run_pictures(run: Run) -> Iterator[Picture]:
             "loss_vs_rank",
             "Loss versus rank",
             "One point per layer; kinds of equal rank stand side by side.",
-            inspect,
+            "",
             partial(draw_loss_rank, _by_kind(run, lambda r: r.rank, lambda r: r.relative_loss)),
         )
     if run.byte_parts:
@@ -97,14 +107,14 @@ def run_pictures(run: Run) -> Iterator[Picture]:
             "bytes_by_kind",
             "Where the bits of a weight went",
             "Stored bits per original weight, by kind of matrix.",
-            inspect,
+            "",
             partial(draw_byte_bars, _kind_parts(run), PARTS, quantity="stored bits per weight"),
         )
     yield from _certificate_pictures(run)
     yield from _measurement_pictures(run)
 
 
-def _maps(run: Run, command: str) -> Iterator[Picture]:
+def _maps(run: Run) -> Iterator[Picture]:
     rows, columns, _ = _grid(run, lambda layer: 0.0)
     for name, title, quantity, form, value in (
         ("bit_allocation", "Bits of every layer", "stored bits per weight", ".2f", _bits),
@@ -118,21 +128,20 @@ def _maps(run: Run, command: str) -> Iterator[Picture]:
             name,
             title,
             caption if name == "bit_allocation" else "Rank of the low-rank part; 0 means none.",
-            command,
+            "",
             partial(draw_layer_map, values, rows, columns, quantity=quantity, number_format=form),
         )
 
 
 def _certificate_pictures(run: Run) -> Iterator[Picture]:
     c = run.certificate
-    verify = f"convex-caldera verify {run.title}"
     if c is not None and len(c.frontier) > 2 and c.weights:
         yield Picture(
             "price_curve",
             "Loss and price of a bit",
             "Above: the lower hull of all plans that the measured options allow, and the plan "
             "that was chosen. Below: the slope of the hull, which is the dual price of the budget.",
-            f"convex-caldera allocate CURVES.json --budget {c.budget_bits:.0f} --frontier",
+            "",
             partial(
                 draw_price,
                 [point.bits / c.weights for point in c.frontier],
@@ -162,7 +171,7 @@ def _certificate_pictures(run: Run) -> Iterator[Picture]:
             "Predicted beside measured loss",
             "Each layer compressed alone. On the dashed line the prediction is exact; the grey "
             "band is a factor of 0.7 to 1.4.",
-            verify,
+            "",
             partial(
                 draw_calibration,
                 [float(layer.predicted_kl or 0.0) for layer in both],
@@ -184,7 +193,7 @@ def _measurement_pictures(run: Run) -> Iterator[Picture]:
             "Singular spectra",
             "One line per layer, dark for the first, light for the last. Low rank pays where a "
             "line falls steeply at the left.",
-            f"convex-caldera inspect {run.title}",
+            "",
             partial(draw_spectra, panels, names=[s.name for s in run.spectra]),
         )
     if run.landscape is not None:
@@ -195,7 +204,7 @@ def _measurement_pictures(run: Run) -> Iterator[Picture]:
             f"Error over rank and bits{': ' + land.title if land.title else ''}",
             "Every cell is one setting of the same layers"
             + ("." if stored is None else ", with its stored bits per weight."),
-            f"convex-caldera inspect {run.title}",
+            "",
             partial(
                 draw_rank_bits,
                 np.array(land.error),
@@ -240,7 +249,7 @@ def _quality_pictures(
                 f"{name}_vs_bits{suffix}",
                 f"{title} versus bits{text}",
                 f"Bars: one standard error. {evaluation.protocol_words}".strip(),
-                evaluation_command(evaluation),
+                f"eval-{e + 1}",
                 partial(draw_quality, points, quantity=quantity, original=original, log=log),
             )
 
@@ -255,7 +264,7 @@ def _by_layer(
 ) -> Picture:
     series = _by_kind(run, lambda layer: float(layer.place.block or 0), value)
     draw = partial(draw_by_layer, series, **options)  # type: ignore[arg-type]
-    return Picture(name, title, caption, f"convex-caldera inspect {run.title}", draw)
+    return Picture(name, title, caption, "", draw)
 
 
 def _by_kind(
@@ -297,11 +306,13 @@ def _rank(layer: LayerRow) -> float:
     return float(layer.rank)
 
 
-def _total_parts(run: Run, scale: float) -> dict[str, float]:
+def _parts(run: Run, scale: float, without: Collection[str] = ()) -> dict[str, float]:
+    """Part -> bytes over all kinds, times a factor."""
     totals: dict[str, float] = defaultdict(float)
-    for parts in run.byte_parts.values():
-        for part, size in parts.items():
-            totals[part] += scale * size
+    for kind, parts in run.byte_parts.items():
+        if kind not in without:
+            for part, size in parts.items():
+                totals[part] += scale * size
     return dict(totals)
 
 
@@ -315,10 +326,5 @@ def _kind_parts(run: Run) -> dict[str, dict[str, float]]:
     for kind, parts in run.byte_parts.items():
         if kind in weights:
             bars[short[kind]] = {part: 8 * size / weights[kind] for part, size in parts.items()}
-    total: dict[str, float] = defaultdict(float)
-    for kind, parts in run.byte_parts.items():
-        if kind != REST:
-            for part, size in parts.items():
-                total[part] += 8 * size / sum(weights.values())
-    bars["all, with file headers" if FILE_HEADERS in run.byte_parts else "all"] = dict(total)
+    bars["all, with file headers"] = _parts(run, 8 / run.compressed_weights, {REST})
     return bars

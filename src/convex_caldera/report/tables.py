@@ -107,7 +107,10 @@ def comma_separated(rows: Rows) -> str:
 
 def html_table(rows: Rows, css_class: str, caption: str) -> str:
     """A table with scoped headings; every cell carries its heading for narrow screens."""
-    heads = "".join(f'<th scope="col">{_html(text)}</th>' for text in rows.headings)
+    heads = "".join(
+        f'<th scope="col"{_text_class(i, rows.left)}>{_html(text)}</th>'
+        for i, text in enumerate(rows.headings)
+    )
     body = []
     for number, row in enumerate(rows.cells):
         first = f'<th scope="row">{_html(row[0])}</th>'

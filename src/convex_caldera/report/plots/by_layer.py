@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from convex_caldera.report.plots.canvas import (
+    axis_label,
     label,
     legend_below,
     log_scale,
@@ -60,7 +61,7 @@ def draw_by_layer(
         if len(blocks) <= 20:
             axes.set_xticks(sorted(blocks))
         axes.set_xlabel("block")
-        axes.set_ylabel(quantity)
+        axes.set_ylabel(axis_label(quantity))
         axes.margins(x=0.05, y=0.1)
         legend_below(axes, columns=4)
     return figure

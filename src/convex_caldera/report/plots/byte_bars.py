@@ -11,6 +11,7 @@ from convex_caldera.report.plots.canvas import (
     ORANGE,
     PURPLE,
     VERMILLION,
+    axis_label,
     label,
     legend_below,
     new_figure,
@@ -70,12 +71,12 @@ def draw_byte_bars(
                 va="center",
                 fontsize=8.5,
             )
-        axes.set_yticks(range(len(names)), [label(name, 26) for name in names])
+        axes.set_yticks(range(len(names)), [label(name, 32) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlim(left=0)
-        axes.set_xlabel(quantity)
+        axes.set_xlabel(axis_label(quantity))
         legend_below(axes, columns=3)
     return figure

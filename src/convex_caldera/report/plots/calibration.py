@@ -10,6 +10,7 @@ import numpy as np
 from convex_caldera.report.plots.canvas import (
     BLACK,
     GREY,
+    axis_label,
     label,
     legend_below,
     log_scale,
@@ -57,8 +58,8 @@ def draw_calibration(
             own = shown & np.array([k == kind for k in kinds])
             axes.plot(x[own], y[own], label=label(kind, 28), **{**look, "linestyle": "none"})
         axes.set_aspect("equal")
-        axes.set_xlabel(f"predicted {quantity}")
-        axes.set_ylabel(f"measured {quantity}".replace(" (", "\n("))
+        axes.set_xlabel(axis_label(f"predicted {quantity}"))
+        axes.set_ylabel(axis_label(f"measured {quantity}".replace(" (", "\n(")))
         axes.text(0.03, 0.97, _summary(x, y, shown), transform=axes.transAxes, va="top", color=GREY)
         legend_below(axes, columns=4)
     return figure

@@ -120,6 +120,11 @@ def label(text: str, longest: int = LONGEST_LABEL) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
+def axis_label(text: str) -> str:
+    """A label of an axis, line by line; units may come from files."""
+    return "\n".join(label(line, 90) for line in text.split("\n"))
+
+
 def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dash for every name, in the order given; the product comes first.
 

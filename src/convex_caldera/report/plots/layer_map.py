@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convex_caldera.report.plots.canvas import SEQUENTIAL, label, new_figure, style
+from convex_caldera.report.plots.canvas import SEQUENTIAL, axis_label, label, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,8 +58,10 @@ def draw_layer_map(
         step = max(1, -(-len(columns) // 20))
         shown = range(0, len(columns), step)
         axes.set_xticks([i + 0.5 for i in shown], [label(columns[i], 12) for i in shown])
-        axes.set_xlabel(column_label)
-        figure.colorbar(mesh, ax=axes, label=quantity, pad=0.015, fraction=0.05, aspect=14)
+        axes.set_xlabel(axis_label(column_label))
+        figure.colorbar(
+            mesh, ax=axes, label=axis_label(quantity), pad=0.015, fraction=0.05, aspect=14
+        )
         if len(columns) <= MOST_NUMBERED_COLUMNS:
             _write_numbers(axes, values, low, high, number_format)
     return figure

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from convex_caldera.report.plots.canvas import (
+    axis_label,
     label,
     legend_below,
     log_scale,
@@ -17,6 +18,8 @@ from convex_caldera.report.plots.canvas import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MOST_TICKS = 8  # ranks; beyond, the axis numbers itself
 
 
 def draw_loss_rank(
@@ -49,10 +52,10 @@ def draw_loss_rank(
         log_scale(axes, "y", [loss for _, loss in everything])
         if log_rank:
             log_scale(axes, "x", [rank for rank, _ in everything])
-        else:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        elif len(ranks_met := sorted({rank for rank, _ in everything})) <= MOST_TICKS:
+            axes.set_xticks(ranks_met, [f"{rank:g}" for rank in ranks_met])
         axes.set_xlabel("rank of the low-rank part")
-        axes.set_ylabel(quantity)
+        axes.set_ylabel(axis_label(quantity))
         legend_below(axes, columns=4)
     return figure
 

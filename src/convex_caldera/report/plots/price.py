@@ -13,6 +13,7 @@ from convex_caldera.report.plots.canvas import (
     BLUE,
     GREY,
     VERMILLION,
+    axis_label,
     log_scale,
     new_figure,
     style,
@@ -62,8 +63,8 @@ def draw_price(
             mark = {"color": VERMILLION, "marker": "D", "linestyle": "none", "markersize": 6.5}
             upper.plot([plan[0]], [plan[1]], label="this plan", zorder=5, **mark)
             lower.plot([plan[0]], [plan[2]], label="price of its bound", zorder=5, **mark)
-        upper.set_ylabel(f"predicted loss\n({unit})")
-        lower.set_ylabel(f"price of a bit per weight\n({unit})")
+        upper.set_ylabel(axis_label(f"predicted loss\n({unit})"))
+        lower.set_ylabel(axis_label(f"price of a bit per weight\n({unit})"))
         lower.set_xlabel("stored bits per compressed weight")
         upper.legend()
         lower.legend()

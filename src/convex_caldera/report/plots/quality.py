@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from convex_caldera.report.plots.canvas import (
     BLACK,
     GREY,
+    axis_label,
     label,
     legend_below,
     log_scale,
@@ -66,18 +67,17 @@ def draw_quality(
             axes.axhline(original, color=BLACK, linewidth=1, linestyle=(0, (1, 2)))
             axes.annotate(
                 "original",
-                (1, original),
+                (0, original),
                 xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
+                xytext=(4, 3),
                 textcoords="offset points",
-                ha="right",
                 fontsize=8.5,
                 color=GREY,
             )
         if log:
             log_scale(axes, "y", [p.value for p in points])
-        axes.set_xlabel(bits_label)
-        axes.set_ylabel(quantity)
+        axes.set_xlabel(axis_label(bits_label))
+        axes.set_ylabel(axis_label(quantity))
         axes.margins(x=0.06, y=0.08)
         legend_below(axes, columns=4)
     return figure

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convex_caldera.report.plots.canvas import SEQUENTIAL, new_figure, plain_colour_bar, style
+from convex_caldera.report.plots.canvas import (
+    SEQUENTIAL,
+    axis_label,
+    new_figure,
+    plain_colour_bar,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +61,7 @@ def draw_rank_bits(
         axes.set_yticks(np.arange(len(ranks)) + 0.5, [f"{r:g}" for r in ranks])
         axes.set_xlabel("bits of the codes per weight")
         axes.set_ylabel("rank of the low-rank part")
-        plain_colour_bar(figure.colorbar(mesh, ax=axes, label=quantity, pad=0.02))
+        plain_colour_bar(figure.colorbar(mesh, ax=axes, label=axis_label(quantity), pad=0.02))
         stored = None if stored_bits is None else np.asarray(stored_bits, dtype=np.float64)
         if values.size <= MOST_NUMBERED:
             _write_numbers(axes, values, stored, lambda value: norm(value) < 0.5)

@@ -11,6 +11,7 @@ from convex_caldera.report.plots.canvas import (
     HEIGHT,
     SEQUENTIAL,
     WIDTH,
+    axis_label,
     label,
     log_scale,
     looks,
@@ -54,7 +55,7 @@ def draw_spectra(
                 dash = ("-", "--", "-.", ":")[i % 4] if len(spectra) <= 8 else "-"
                 panel.plot(x, y, color=shade, linestyle=dash, linewidth=1.1, label=name)
             log_scale(panel, "y", [v for line in panel.lines for v in line.get_ydata()])
-            panel.set_title(title)
+            panel.set_title(axis_label(title))
             panel.set_ylabel("σᵢ / σ₁" if relative else "singular value")
         axes[-1].set_xlabel("index / number of singular values" if relative else "index")
         if names is not None and 1 < len(names) <= 6:
