@@ -32,7 +32,7 @@ cone's order, kappa's meaning, a gap that is a gap), decomposed and certified he
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,12 +44,19 @@ from convex_caldera.allocate.price import Rates, Settled, rate_value, saturation
 from convex_caldera.allocate.program_input import Numbers, eigenbases, read_numbers
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import InfeasibleBudgetError
-from convex_caldera.linalg.dual_norm import DualCorrection, equalize, spectral_norm_bound
+from convex_caldera.linalg.dual_norm import (
+    DualCorrection,
+    equalize,
+    spectral_norm_bound,
+    spectral_norm_estimate,
+)
 from convex_caldera.linalg.proximal import Iterate, descend
 from convex_caldera.linalg.thresholding import Factored, Thresholder
 
 CHECK_EVERY = 4  # steps between dual bounds; one costs about as much as a step
 MOST_STEPS = 2000
+
+Norm = Callable[[Tensor, Tensor | None], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +152,7 @@ def solve_program(
     start = [torch.zeros_like(w) for w in descent.W]
     most = [float(h.max()) for h in descent.h]
     last, steps = descend(descent.smooth, descent.prox, start, most, descent.done, most_steps)
-    descent.check(last)
-    return descent.solution([basis.Q for basis in bases], steps)
+    return descent.solution(last, [basis.Q for basis in bases], steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +184,6 @@ class _Bound:
     primal: float
     dual: float
     corrections: tuple[DualCorrection, ...]
-    iterate: Iterate
 
     @property
     def gap(self) -> float:
@@ -186,7 +191,7 @@ class _Bound:
 
 
 class _Descent:
-    """What `descend` needs, and the best certified point so far; all in the eigenbases."""
+    """What `descend` needs, all in the eigenbases, and the way back from there."""
 
     def __init__(
         self, W: list[Tensor], h: list[Tensor], numbers: dict[str, Any], tol: float
@@ -199,7 +204,6 @@ class _Descent:
         self.rates = Rates(**{name: numbers[name] for name in names}, h=padded)
         self.thresholders = [Thresholder((w.shape[0], w.shape[1]), w) for w in W]
         self.price = 0.0
-        self.best: _Bound | None = None
 
     def smooth(self, Z: list[Tensor]) -> _Point:
         residuals = [w - z for w, z in zip(self.W, Z, strict=True)]
@@ -223,27 +227,25 @@ class _Descent:
         return self.thresholders[g].project(G, float(self.tau[g]))
 
     def done(self, step: int, iterate: Iterate) -> bool:
-        if step % CHECK_EVERY:
+        """Whether the gap is small enough, by an estimate first: it errs on the hopeful side."""
+        if step % CHECK_EVERY or self.bound(iterate, spectral_norm_estimate).gap > self.tol:
             return False
-        return self.check(iterate).gap <= self.tol
+        return self.bound(iterate, spectral_norm_bound).gap <= self.tol
 
-    def check(self, iterate: Iterate) -> _Bound:
-        """Bound this iterate; keep the best."""
+    def bound(self, iterate: Iterate, norm: Norm) -> _Bound:
+        """Primal value of an iterate and the dual value it leads to."""
         point: _Point = iterate.smooth
         s, nu = point.settled.s, point.settled.price
-        parts = [self._group(g, iterate, point) for g in range(len(self.W))]
+        parts = [self._group(g, iterate, point, norm) for g in range(len(self.W))]
         q = np.maximum(
             point.settled.energy / self.rates.kappa, self.rates.distortion(point.settled.bits)
         )
         primal = sum(part.primal for part in parts) + float(self.rates.lam @ q)
         rate = float(rate_value(self.rates, s, nu).sum()) - nu * self.rates.budget
         dual = sum(part.dual for part in parts) + rate
-        bound = _Bound(primal, dual, tuple(part.correction for part in parts), iterate)
-        if self.best is None or bound.gap < self.best.gap:
-            self.best = bound
-        return bound
+        return _Bound(primal, dual, tuple(part.correction for part in parts))
 
-    def _group(self, g: int, iterate: Iterate, point: _Point) -> _GroupBound:
+    def _group(self, g: int, iterate: Iterate, point: _Point, norm_of: Norm) -> _GroupBound:
         """Primal terms of Z and the misfit, dual terms of Y, and what makes Y feasible."""
         A, weight, factors = point.residuals[g], point.weights[g], iterate.factors[g]
         s = float(point.settled.s[g])
@@ -254,11 +256,11 @@ class _Descent:
         if mu is not None:
             primal += mu * factors.nuclear_norm
         Y = A * weight
-        correction = equalize(Y, factors.V, factors.S, mu)
+        correction, near = equalize(Y, factors.V, factors.S, mu)
         Y, A = correction.unscaled(Y), correction.unscaled(A)
         # 1/2 tr(E H E^T) + ||Y||^2 / (4 s) = 1/2 sum Y^2 / H_s = 1/2 <Y, P (W - Z)>.
         inner, square = float((Y * self.W[g]).sum()), float((Y * A).sum())
-        norm, most = spectral_norm_bound(Y), 1.0
+        norm, most = norm_of(Y, near), 1.0
         if mu is None:
             inner -= float(self.tau[g]) * norm
         elif norm > 0:
@@ -267,30 +269,29 @@ class _Descent:
         dual = scale * inner - 0.5 * scale * scale * square
         return _GroupBound(primal, dual, replace(correction, scale=scale))
 
-    def solution(self, Q: list[Tensor | None], steps: int) -> ProgramSolution:
-        """The best certified point, back in the original coordinates."""
-        best = self.best
-        assert best is not None
-        point: _Point = best.iterate.smooth
+    def solution(self, last: Iterate, Q: list[Tensor | None], steps: int) -> ProgramSolution:
+        """The last iterate with its verified bound, back in the original coordinates."""
+        bound = self.bound(last, spectral_norm_bound)
+        point: _Point = last.smooth
         share = saturation(self.rates, point.settled.s)
         low_rank, residual = [], []
-        for g, (factors, basis) in enumerate(zip(best.iterate.factors, Q, strict=True)):
+        for g, (factors, basis) in enumerate(zip(last.factors, Q, strict=True)):
             root = factors.S.sqrt()
             taken = torch.from_numpy(share[g, : len(self.h[g])]).to(self.h[g])
             R, right = point.residuals[g] * taken, (factors.V * root).T
             low_rank.append((factors.U * root, right if basis is None else right @ basis.T))
             residual.append(R if basis is None else R @ basis.T)
         return ProgramSolution(
-            best.primal,
-            min(best.dual, best.primal),
-            best.gap,
+            bound.primal,
+            min(bound.dual, bound.primal),
+            bound.gap,
             point.settled.price,
             tuple(point.settled.bits.tolist()),
             self.rates.budget,
             tuple(low_rank),
             tuple(residual),
             tuple(point.settled.s.tolist()),
-            best.corrections,
-            "optimal" if best.gap <= self.tol else "stopped",
+            bound.corrections,
+            "optimal" if bound.gap <= self.tol else "stopped",
             steps,
         )

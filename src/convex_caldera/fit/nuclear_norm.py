@@ -17,7 +17,7 @@ For H = I these are singular value thresholding and projection on the nuclear ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.low_rank import fit_low_rank
-from convex_caldera.linalg.dual_norm import equalize, spectral_norm_bound
+from convex_caldera.linalg.dual_norm import equalize, spectral_norm_bound, spectral_norm_estimate
 from convex_caldera.linalg.proximal import Iterate, descend
 from convex_caldera.linalg.thresholding import Factored, Thresholder
 
@@ -34,6 +34,8 @@ MOST_STEPS = 2000
 RANK_HALVINGS = 40  # of the logarithmic bracket of mu
 MU_RANGE = 1e-8  # mu is sought between this share of its largest useful value and that value
 RANK_TOLERANCE = 1e-4  # relative gap at which the rank is read off during the search
+
+Norm = Callable[[Tensor, Tensor | None], float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,20 +159,23 @@ class _Fit:
         return self.thresholder.project(G, self.tau)
 
     def done(self, step: int, iterate: Iterate) -> bool:
-        if step % CHECK_EVERY:
+        if step % CHECK_EVERY or self._gap(iterate, spectral_norm_estimate) > self.tol:
             return False
-        primal, dual = self.values(iterate)
-        return primal - dual <= self.tol * abs(primal)
+        return self._gap(iterate, spectral_norm_bound) <= self.tol
 
-    def values(self, iterate: Iterate) -> tuple[float, float]:
+    def _gap(self, iterate: Iterate, norm: Norm) -> float:
+        primal, dual = self.values(iterate, norm)
+        return max(primal - dual, 0.0) / max(abs(primal), torch.finfo(torch.float64).tiny)
+
+    def values(self, iterate: Iterate, norm_of: Norm) -> tuple[float, float]:
         """Primal value, and the dual value of the sharpened and scaled residual."""
         point: _Point = iterate.smooth
         factors = iterate.factors[0]
         primal = 0.5 * float((point.E * point.Y).sum())
-        correction = equalize(point.Y, factors.V, factors.S, self.mu)
+        correction, near = equalize(point.Y, factors.V, factors.S, self.mu)
         E, Y = correction.unscaled(point.E), correction.unscaled(point.Y)
         square, inner = float((E * Y).sum()), float((self.A * Y).sum())
-        norm, most = spectral_norm_bound(Y), 1.0
+        norm, most = norm_of(Y, near), 1.0
         if self.mu is not None:
             primal += self.mu * factors.nuclear_norm
             most = self.mu / norm if norm > 0 else 1.0
@@ -181,7 +186,7 @@ class _Fit:
         return primal, scale * inner - 0.5 * scale * scale * square
 
     def result(self, iterate: Iterate, steps: int) -> NuclearFit:
-        primal, dual = self.values(iterate)
+        primal, dual = self.values(iterate, spectral_norm_bound)
         factors = iterate.factors[0]
         root = factors.S.sqrt()
         gap = max(primal - dual, 0.0) / max(abs(primal), torch.finfo(torch.float64).tiny)

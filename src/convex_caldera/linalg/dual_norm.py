@@ -20,6 +20,9 @@ from torch import Tensor
 from convex_caldera.linalg.thresholding import FULL_SHARE, subspace_svd
 
 SPARE = 8  # singular vectors looked at beyond those of Z
+LEAST_EXCESS = 1e-11  # relative, above an estimate of the norm; far below any gap asked for
+EXCESS_GROWTH = 16.0
+COLD_STEPS, WARM_STEPS = 24, 3  # subspace iterations from a random block, and from a near one
 LEAST_RAISED = 0.5  # share of mu below which a singular value is left alone
 
 
@@ -38,8 +41,8 @@ class DualCorrection:
         return E0 - (self.left * self.weights) @ (self.left.T @ E0)
 
 
-def equalize(Y: Tensor, V: Tensor, S: Tensor, level: float | None) -> DualCorrection:
-    """P of the module's note, unscaled, from the factors V (n, r), S (r,) of Z.
+def equalize(Y: Tensor, V: Tensor, S: Tensor, level: float | None) -> tuple[DualCorrection, Tensor]:
+    """P of the module's note, unscaled, and the level; V (n, r), S (r,) are factors of Z.
 
     The leading singular values of Y, as many as Z has, are set to `level` (mu; None for the
     mean weighted by S, which is what the constrained form asks for); further ones above it too.
@@ -58,40 +61,61 @@ def equalize(Y: Tensor, V: Tensor, S: Tensor, level: float | None) -> DualCorrec
     change = torch.where(sigma > LEAST_RAISED * level, 1.0 - level / sigma, 0.0)
     change[rank:] = change[rank:].clamp_min(0.0)
     keep = change != 0.0
-    return DualCorrection(1.0, U[:, keep], change[keep])
+    return DualCorrection(1.0, U[:, keep], change[keep]), U
 
 
-def spectral_norm_bound(Y: Tensor, estimate: float | None = None) -> float:
+def spectral_norm_bound(Y: Tensor, near: Tensor | None = None) -> float:
     """An upper bound of ||Y||_2, verified: a Cholesky factorization of bound^2 I - Y Y^T exists.
 
-    Starts a hair above `estimate` (a power iteration's, which is a lower bound) and widens until
-    the factorization succeeds, with room for its own rounding (Rump, BIT 46, 2006). Cost: one
-    Gram matrix of the shorter side and a few Cholesky factorizations of it.
+    Starts a hair above the estimate and widens until the factorization succeeds, with room for
+    its own rounding (Rump, BIT 46, 2006).
+
+    Args:
+        Y: (m, n).
+        near: (m, k) approximate leading left singular vectors, if known.
+
+    Cost: one Gram matrix of the shorter side and a few Cholesky factorizations of it.
     """
-    gram = Y @ Y.T if Y.shape[0] <= Y.shape[1] else Y.T @ Y
-    size = len(gram)
-    if size == 0 or float(gram.diagonal().max()) == 0.0:
+    gram = _gram(Y)
+    trace = float(gram.diagonal().sum())
+    if trace == 0.0:
         return 0.0
-    if estimate is None:
-        estimate = spectral_norm_estimate(gram)
+    eps = torch.finfo(Y.dtype).eps
     # Rounding of the Gram matrix and of Cholesky, relative to the trace they act on.
-    rounding = (size + max(Y.shape) + 4) * torch.finfo(Y.dtype).eps
-    slack = rounding * float(gram.diagonal().sum())
-    excess = 1e-12
-    while True:
-        square = (estimate * (1 + excess)) ** 2 + slack
-        shifted = -gram
-        shifted.diagonal().add_(square - slack)
-        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
-            return float((square * (1 + 4 * torch.finfo(Y.dtype).eps)) ** 0.5)
-        excess *= 8
+    slack = (len(gram) + max(Y.shape) + 4) * eps * trace
+    estimate, excess = _estimate(gram, _near(Y, near)), LEAST_EXCESS
+    while not _dominates((estimate * (1.0 + excess)) ** 2, gram):
+        excess *= EXCESS_GROWTH
+    return float((((estimate * (1.0 + excess)) ** 2 + slack) * (1.0 + 4.0 * eps)) ** 0.5)
 
 
-def spectral_norm_estimate(gram: Tensor, steps: int = 24, width: int = 6) -> float:
-    """||Y||_2 from below, by subspace iteration on Y Y^T."""
+def spectral_norm_estimate(Y: Tensor, near: Tensor | None = None) -> float:
+    """||Y||_2 from below, by subspace iteration on Y Y^T from `near`, or from a random block."""
+    return _estimate(_gram(Y), _near(Y, near))
+
+
+def _gram(Y: Tensor) -> Tensor:
+    return Y @ Y.T if Y.shape[0] <= Y.shape[1] else Y.T @ Y
+
+
+def _near(Y: Tensor, near: Tensor | None) -> Tensor | None:
+    return near if near is None or Y.shape[0] <= Y.shape[1] else Y.T @ near
+
+
+def _dominates(square: float, gram: Tensor) -> bool:
+    """Whether square I - gram is positive definite, as far as a factorization can tell."""
+    shifted = -gram
+    shifted.diagonal().add_(square)
+    return int(torch.linalg.cholesky_ex(shifted).info) == 0
+
+
+def _estimate(gram: Tensor, near: Tensor | None) -> float:
     generator = torch.Generator().manual_seed(len(gram))
-    width = min(width, len(gram))
+    width = min(SPARE, len(gram))
     Q = torch.randn((len(gram), width), generator=generator, dtype=torch.float64).to(gram)
+    steps = COLD_STEPS
+    if near is not None and 0 < near.shape[1] + width <= FULL_SHARE * len(gram):
+        Q, steps = torch.cat([near, Q], dim=1), WARM_STEPS
     for _ in range(steps):
         Q = torch.linalg.qr(gram @ Q).Q
     top = torch.linalg.eigvalsh(Q.T @ gram @ Q)[-1]

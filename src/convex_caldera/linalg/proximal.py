@@ -22,7 +22,8 @@ from torch import Tensor
 
 from convex_caldera.linalg.thresholding import Factored
 
-GROWTH, DECAY = 1.3, 0.9  # of the curvature factor, after a failed and a successful step
+GROWTH, DECAY = 1.3, 0.95  # of the curvature factor, after a failed and a successful step
+LEAST_FACTOR = 0.3  # F curves less along most steps than it could
 CURVATURE_FLOOR = 1e-9  # of the global bound, where F is locally flat
 CURVATURE_ROUNDING = 1e-6  # relative; a quadratic F meets the curvature test with equality
 
@@ -79,7 +80,7 @@ def descend(
         after = 0.5 * (1.0 + (1.0 + 4.0 * theta * theta) ** 0.5)
         beta = (theta - 1.0) / after
         point = [z + beta * (z - x) for z, x in zip(new, old, strict=True)] if beta else new
-        old, theta, factors = new, after, [max(1.0, DECAY * factor) for factor in factors]
+        old, theta, factors = new, after, [max(LEAST_FACTOR, DECAY * factor) for factor in factors]
 
 
 def _backtrack(
