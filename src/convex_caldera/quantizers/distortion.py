@@ -14,7 +14,8 @@ def gaussian_distortion(
     """(mean squared error, stored bits per weight) on an N(0, 1) matrix of this size.
 
     Stored bits count packed codes and every side tensor. No b-bit code has an error below
-    2^(-2 b), Shannon's bound; four scalar levels of one scale stay above .1175, E8P at 2 bits has .0914.
+    2^(-2 b), Shannon's bound; four scalar levels of one scale stay above .1175, E8P at 2 bits
+    has .0914.
     """
     W = torch.randn(size, generator=generator(seed, "gaussian", "distortion"))
     fitted = quantizer.fit(W)
