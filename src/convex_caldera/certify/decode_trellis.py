@@ -7,7 +7,8 @@ row, spare bits zero. The state of weight t is the L-bit window that ends before
 first bit most significant: read cyclically in the tile (chain = 0), or in the joined streams of
 `chain` consecutive tiles of a column block, with zeros before the start.
 
-Levels, all arithmetic modulo 2^32: with x = 0x83DCD12D s (mul1), x hashed once more (mul2), or
+Levels, all arithmetic modulo 2^32: with x = M s (weyl, M the tensor `multiplier`), the normal
+quantile of ((x >> 22) + 1/2) / 1024 in multiples of 2^-12; with x = 0x83DCD12D s (mul1), x hashed once more (mul2), or
 x = 34038481 s + 76625530 (1mad), the sum of the four bytes of x less 510; with
 x = 89226354 s + 64248484 (3inst) or 0xCBAC1FED s (mcg), the sum of both halves of
 (x & 0x8FFF8FFF) ^ 0x3B603B60 read as half-precision numbers.
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +45,17 @@ Bits = NDArray[np.uint8]
 States = NDArray[np.uint32]
 
 
-def levels(code: str, states: States) -> NDArray[np.float32]:
-    """Level of every state."""
+@cache
+def _quantiles() -> NDArray[np.float32]:
+    exact = [NormalDist().inv_cdf((i + 0.5) / 1024) for i in range(1024)]
+    return (np.rint(4096 * np.array(exact)) / 4096).astype(np.float32)
+
+
+def levels(code: str, states: States, multiplier: int = 0) -> NDArray[np.float32]:
+    """Level of every state; `multiplier` is M of weyl."""
     s = states.astype(np.uint32)
+    if code == "weyl":
+        return _quantiles()[s * np.uint32(multiplier) >> np.uint32(22)]
     if code in ("3inst", "mcg"):
         x = s * np.uint32(0xCBAC1FED)
         if code == "3inst":
@@ -74,6 +85,8 @@ def layout(record: Record, shape: Shape) -> Layout:
     tensors: Layout = {"codes": ("U8", (total,)), "scale": ("F32", (1,))}
     if record["row_scales"]:
         tensors["row_scale"] = ("F16", (shape[0],))
+    if record["code"] == "weyl":
+        tensors["multiplier"] = ("U32", (1,))
     return tensors
 
 
@@ -90,7 +103,8 @@ def decode(record: Record, shape: Shape, tensors: Mapping[str, Array]) -> NDArra
     scale = finite(tensors["scale"], "scale").astype(np.float32)
     if record["row_scales"]:
         scale = scale * finite(tensors["row_scale"], "row_scale").astype(np.float32)
-    values: NDArray[np.float32] = scale[:, None] * levels(record["code"], states)
+    word = int(tensors["multiplier"][0]) if record["code"] == "weyl" else 0
+    values: NDArray[np.float32] = scale[:, None] * levels(record["code"], states, word)
     return values
 
 
@@ -184,7 +198,7 @@ FORMAT = QuantizerFormat(
     {
         "bits": real(1, 8),
         "state_bits": integer(2, 28),
-        "code": one_of("mul1", "mul2", "1mad", "3inst", "mcg"),
+        "code": one_of("weyl", "mul1", "mul2", "1mad", "3inst", "mcg"),
         "chain": integer(0),
         "encoder": one_of("viterbi", "beam"),
         "survivors": integer(1),

@@ -36,7 +36,17 @@ KEYS = (
     "unit",
     "curvature",
 )
-LAYER_KEYS = ("label", "bits", "rank", "loss", "relative_loss", "gap_to_waterfilling_bits")
+LAYER_KEYS = (
+    "label",
+    "bits",
+    "rank",
+    "loss",
+    "relative_loss",
+    "held_out_scale",
+    "gap_to_waterfilling_bits",
+)
+# Methods whose outputs make a plan, so that one without its certificate is not accepted.
+PLANNED = ("convex-caldera",)
 UNITS = ("nats", "relative")
 CURVATURES = ("input", "kronecker")
 
@@ -48,6 +58,8 @@ def certificate_of(output: Output) -> Mapping[str, Any]:
         raise FormatError(f"certificate.json: schema {short(certificate['schema'])}, not {SCHEMA}")
     for name in ("statement", "method"):
         string(certificate[name], f"certificate.{name}")
+    if certificate["method"] != output.report.get("method"):
+        raise CheckError("the certificate and the report name different methods")
     for name in ("budget_bytes", "compressed_bytes", "header_bytes"):
         natural(certificate[name], f"certificate.{name}")
     if certificate["unit"] not in UNITS or certificate["curvature"] not in CURVATURES:
@@ -85,6 +97,8 @@ def check_bytes(output: Output) -> str:
     """Bytes of the compressed shards, to the byte, against report and certificate."""
     budget = output.report.get("budget_bytes")
     found = output.compressed_bytes
+    if output.certificate is None and output.report.get("method") in PLANNED:
+        raise CheckError("this method makes a plan, but there is no certificate.json")
     if output.certificate is not None:
         certificate = certificate_of(output)
         headers = found - output.layer_bytes
@@ -127,7 +141,9 @@ def check_options(output: Output) -> str:
             raise CheckError(f"{where}: rank {layer.spec.rank} is stored, another is claimed")
         _check_same_figures(name, record, output.report["layers"][name])
         key = "loss" if certificate["unit"] == "nats" else "relative_loss"
-        if curves.menus[name][label][1] != Fraction(record[key]):
+        scale = number(record["held_out_scale"], f"{where}: held_out_scale", 0.0)
+        # The product of two doubles, rounded as every IEEE machine rounds it.
+        if curves.menus[name][label][1] != Fraction(record[key] * scale):
             raise CheckError(f"{where}: the option's distortion is not the layer's {key}")
         gap = record["gap_to_waterfilling_bits"]
         if gap is not None:

@@ -1,26 +1,36 @@
 """What a shard's metadata says of its layers: transforms, terms, and the parts of `packed`.
 
-`__metadata__["convex_caldera"]` is the JSON text of {"layers": [number, ...], "schemes": [spec,
-...], "version": 1}: the layers in the order of their names, each with the number of its spec.
-Names are those of the tensors, `<layer>.<field>`.
+`__metadata__["convex_caldera"]` is the JSON text of
 
-    {"shape": [m, n],
-     "transforms": [{"transform": record, "tensors": {field: [dtype, shape]}}, ...],
-     "terms": [{"kind": "coded", "quantizer": record, "tensors": {..., "codes": ["U8", [bytes]]}},
-               {"kind": "low_rank", "rank": r, "left": factor, "right": factor}]}
+    {"layers": [number, ...], "records": [record, ...], "schemes": [scheme, ...], "version": 1}
 
-A factor is {"kind": "dense"} or coded; a coded left is stored transposed, (rank, m). Everything
-but dense factors lies in one tensor `packed`: parts with the widest elements first, else in the
-order transforms, terms, left before right, fields by name; zeros up to a multiple of 8 bytes.
+    scheme   [m, n, [transform, ...], [term, ...]]
+    term     k                     coded by records[k]
+             [rank, left, right]   low rank; a factor is k, coded by records[k], or null: dense
+
+the layers in the order of their names, each with the number of its scheme; a transform is the
+number of a record. Names are those of the tensors, `<layer>.<field>`. A coded left factor is
+stored transposed, (rank, m). Everything but dense factors lies in one tensor `packed`: parts with
+the widest elements first, else in the order transforms, terms, left before right, fields by
+name; zeros up to a multiple of 8 bytes. docs/format.md, sections 2 and 3, is normative.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convex_caldera.certify.codec import Layout, Record, Shape, check_record
+from convex_caldera.certify.codec import (
+    Layout,
+    QuantizerFormat,
+    Record,
+    Shape,
+    TransformFormat,
+    check_record,
+)
 from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.certify.shard import ELEMENT_BYTES, Shard
 from convex_caldera.certify.strict import listing, natural, parse, short, table
@@ -32,7 +42,7 @@ ALIGNMENT = 8
 MAX_SIDE = (1 << 31) - 1
 PACKED = "packed"
 FACTOR_DTYPES = ("F16", "BF16", "F32")
-DENSE = {"kind": "dense"}
+MOST_WEIGHTS_A_BYTE = 64
 
 
 @dataclass(frozen=True)
@@ -116,13 +126,11 @@ def layer_specs(shard: Shard) -> dict[str, LayerSpec] | None:
     if text is None:
         return None
     where = shard.name
-    record = table(parse(text.encode(), where), ("layers", "schemes", "version"), where)
+    keys = ("layers", "records", "schemes", "version")
+    record = table(parse(text.encode(), where), keys, where)
     if type(record["version"]) is not int or record["version"] != VERSION:
         raise FormatError(f"{where}: format version {short(record['version'])}, not {VERSION}")
-    schemes = [
-        read_spec(scheme, f"{where}: scheme {i}")
-        for i, scheme in enumerate(listing(record["schemes"], where))
-    ]
+    schemes = read_schemes(record["records"], record["schemes"], shard.size, where)
     names = sorted({name.rpartition(".")[0] for name in shard.entries})
     numbers = [
         natural(number, f"{where}: layers", len(schemes) - 1)
@@ -148,74 +156,71 @@ def _check_tensors(shard: Shard, specs: dict[str, LayerSpec]) -> None:
         raise FormatError(f"{shard.name}: holds tensors that belong to no layer")
 
 
-def read_spec(value: Any, where: str) -> LayerSpec:
-    """A spec read from a file. Raises FormatError for anything that the format does not have."""
-    spec = table(value, ("shape", "transforms", "terms"), where)
-    sides = listing(spec["shape"], where)
-    if len(sides) != 2 or 0 in sides:
+def read_schemes(records: Any, schemes: Any, file_bytes: int, where: str) -> list[LayerSpec]:
+    """All schemes of a file; every record used, none twice. Raises FormatError."""
+    known = _Records(listing(records, f"{where}: records"), file_bytes, where)
+    found = [
+        _scheme(scheme, known, f"{where}: scheme {i}")
+        for i, scheme in enumerate(listing(schemes, f"{where}: schemes"))
+    ]
+    texts = {json.dumps(record, sort_keys=True) for record in known.records}
+    if len(texts) != len(known.records) or known.used != set(range(len(known.records))):
+        raise FormatError(f"{where}: a record appears twice, or is never used")
+    return found
+
+
+class _Records:
+    """The records of a file by number; remembers which were used."""
+
+    def __init__(self, records: list[Any], file_bytes: int, where: str):
+        self.records, self.file_bytes, self.where = records, file_bytes, where
+        self.used: set[int] = set()
+
+    def coded(
+        self,
+        number: Any,
+        shape: Shape,
+        formats: Mapping[str, QuantizerFormat] | Mapping[str, TransformFormat],
+    ) -> Coded:
+        """The record of that number applied to a matrix of `shape`."""
+        k = natural(number, f"{self.where}: record number", len(self.records) - 1)
+        record, where = self.records[k], f"{self.where}: record {k}"
+        kind = record.get("kind") if isinstance(record, dict) else None
+        if not isinstance(kind, str) or kind not in formats:
+            raise FormatError(f"{where}: the kind {short(kind)} is unknown here")
+        check_record(record, formats[kind].options, where)
+        if shape[0] * shape[1] > MOST_WEIGHTS_A_BYTE * self.file_bytes:
+            raise FormatError(
+                f"{where}: {shape} is too large for a file of {self.file_bytes} bytes"
+            )
+        self.used.add(k)
+        return Coded(record, shape, formats[kind].layout(record, shape))
+
+
+def _scheme(value: Any, known: _Records, where: str) -> LayerSpec:
+    scheme = listing(value, where)
+    if len(scheme) != 4:
+        raise FormatError(f"{where}: a scheme is [m, n, transforms, terms]")
+    m, n = (natural(side, f"{where}: shape", MAX_SIDE) for side in scheme[:2])
+    if not m or not n:
         raise FormatError(f"{where}: a shape is two positive sizes")
-    m, n = (natural(side, f"{where}: shape", MAX_SIDE) for side in sides)
-    transforms = [
-        _transform(item, (m, n), f"{where}: transform {i}")
-        for i, item in enumerate(listing(spec["transforms"], where))
-    ]
-    terms = [
-        _term(item, (m, n), f"{where}: term {i}")
-        for i, item in enumerate(listing(spec["terms"], where))
-    ]
+    transforms = tuple(known.coded(k, (m, n), TRANSFORMS) for k in listing(scheme[2], where))
+    terms = tuple(_term(item, (m, n), known, where) for item in listing(scheme[3], where))
     if not terms:
         raise FormatError(f"{where}: a layer without terms would decode to zeros")
-    return LayerSpec((m, n), tuple(transforms), tuple(terms))
+    return LayerSpec((m, n), transforms, terms)
 
 
-def _term(item: Any, shape: Shape, where: str) -> Coded | LowRank:
-    kind = item.get("kind") if isinstance(item, dict) else None
-    if kind == "coded":
-        return _coded(item, shape, where)
-    table(item, ("kind", "rank", "left", "right"), where)
-    if kind != "low_rank":
-        raise FormatError(f"{where}: unknown kind {short(kind)}")
-    rank = natural(item["rank"], f"{where}: rank", min(shape))
+def _term(item: Any, shape: Shape, known: _Records, where: str) -> Coded | LowRank:
+    if not isinstance(item, list):
+        return known.coded(item, shape, QUANTIZERS)
+    if len(item) != 3:
+        raise FormatError(f"{where}: a low-rank term is [rank, left, right]")
+    rank = natural(item[0], f"{where}: rank", min(shape))
     if rank == 0:
         raise FormatError(f"{where}: rank 0 is not stored")
-    sides = [
-        None if item[side] == DENSE else _coded(item[side], (rank, width), f"{where}: {side}")
-        for side, width in (("left", shape[0]), ("right", shape[1]))
-    ]
-    return LowRank(rank, *sides)
-
-
-def _coded(item: Any, shape: Shape, where: str) -> Coded:
-    table(item, ("kind", "quantizer", "tensors"), where)
-    if item["kind"] != "coded":
-        raise FormatError(f"{where}: a factor is dense or coded")
-    record = item["quantizer"]
-    known = QUANTIZERS.get(_kind(record, where))
-    if known is None:
-        raise FormatError(f"{where}: unknown quantizer {short(record['kind'])}")
-    check_record(record, known.options, where)
-    return _with_tensors(item, record, shape, known.layout(record, shape), where)
-
-
-def _transform(item: Any, shape: Shape, where: str) -> Coded:
-    table(item, ("transform", "tensors"), where)
-    record = item["transform"]
-    known = TRANSFORMS.get(_kind(record, where))
-    if known is None:
-        raise FormatError(f"{where}: unknown transform {short(record['kind'])}")
-    check_record(record, known.options, where)
-    return _with_tensors(item, record, shape, known.layout(record, shape), where)
-
-
-def _kind(record: Any, where: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise FormatError(f"{where}: a record needs a kind")
-    kind: str = record["kind"]
-    return kind
-
-
-def _with_tensors(item: Any, record: Record, shape: Shape, layout: Layout, where: str) -> Coded:
-    expected = {name: [dtype, list(size)] for name, (dtype, size) in layout.items()}
-    if item["tensors"] != expected:
-        raise FormatError(f"{where}: the stored tensors are not those of its record and shape")
-    return Coded(record, shape, layout)
+    left, right = (
+        None if side is None else known.coded(side, (rank, width), QUANTIZERS)
+        for side, width in zip(item[1:], shape, strict=True)
+    )
+    return LowRank(rank, left, right)
