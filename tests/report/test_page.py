@@ -187,14 +187,31 @@ def test_missing_matplotlib_writes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ties", [(), (making.NAMES[:2], making.NAMES[3:5])])
-def test_recheck_accepts_the_bound_and_no_larger_one(tmp_path, ties):
+def test_recheck_accepts_an_honest_plan(tmp_path, ties):
     contents = making.files()
     certificate = contents["certificate.json"] = making.certificate(ties=ties)
     out = making.write_run(tmp_path / "honest", contents)
     done = _recheck(out)
     assert done.returncode == 0, done.stderr
     assert f"{certificate['plan']['distortion']}" in done.stdout
-    certificate["plan"]["bound"] *= 1.0001
+
+
+FORGERIES = {
+    "larger bound": lambda plan: {"bound": plan["bound"] * 1.0001},
+    "negative price": lambda plan: {"price": -plan["price"], "bound": 0.0},
+    "fewer bits": lambda plan: {"bits": plan["bits"] - 1},
+    "smaller budget": lambda plan: {"budget_bits": plan["bits"] - 1},
+    "smaller loss": lambda plan: {"distortion": plan["distortion"] * 0.9999},
+    "another choice": lambda plan: {"choice": plan["choice"] | {making.NAMES[0]: "4b"}},
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_recheck_refuses_a_forgery(tmp_path, name):
+    contents = making.files()
+    plan = contents["certificate.json"]["plan"]
+    assert plan["choice"][making.NAMES[0]] != "4b"
+    plan |= FORGERIES[name](plan)
     assert "AssertionError" in _recheck(making.write_run(tmp_path / "forged", contents)).stderr
 
 

@@ -159,8 +159,8 @@ def _certificate(run: Run, c: Certificate, evaluations: Sequence[EvaluationFile]
         parts.append(_definitions(c.surrogate))
     parts.append("<h4>The bound, replayed in exact arithmetic</h4>")
     parts.append(
-        "<p>Needs Python and the directory, nothing of ours. The price may be any number: every "
-        "price gives a true bound.</p>"
+        "<p>Needs Python and the directory, nothing of ours. Any price that is not negative gives "
+        "a true bound, so nothing has to be believed about how this one was found.</p>"
     )
     parts.append(f"<pre>{_block(words.RECHECK)}</pre>")
     return "\n".join(parts)

@@ -16,15 +16,19 @@ plan, ties = c["plan"], c["curves"]["ties"]
 price = Fraction(plan["price"])
 tie_of = {name: i for i, tie in enumerate(ties) for name in tie}
 menus = {}  # one per layer, or per tie: label -> cost of the option at this price
+chosen = []
 for n, g in enumerate(c["curves"]["groups"]):
     menu = menus.setdefault(("tie", tie_of[g["name"]]) if g["name"] in tie_of else n, [])
     menu.append({o["label"]: Fraction(o["distortion"]) + price * o["bits"] for o in g["options"]})
+    chosen += [o for o in g["options"] if o["label"] == plan["choice"][g["name"]]]
 least = sum(
     min(sum(m[label] for m in menu) for label in set.intersection(*map(set, menu)))
     for menu in menus.values()
 )
 bound = least - price * plan["budget_bits"]
-assert Fraction(plan["bound"]) <= bound and plan["bits"] <= plan["budget_bits"]
+assert price >= 0 and Fraction(plan["bound"]) <= bound
+assert sum(o["bits"] for o in chosen) == plan["bits"] <= plan["budget_bits"]
+assert sum(Fraction(o["distortion"]) for o in chosen) <= Fraction(plan["distortion"])
 print("no plan within the budget is below", float(bound), "- this one has", plan["distortion"])
 """
 
