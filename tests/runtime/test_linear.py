@@ -160,7 +160,8 @@ def test_kernels_agree_with_decoding(
         torch.testing.assert_close(kernel.forward(coded.fitted, packed, x), x @ W.T, **TOLERANCE)
         torch.testing.assert_close(kernel.transposed(coded.fitted, packed, y), y @ W, **TOLERANCE)
         pieces = [values.clone() for _, values in home.decoded_slices(coded.fitted, packed)]
-        torch.testing.assert_close(torch.cat(pieces), W, rtol=1e-6, atol=1e-6)
+        exact = 1e-6 if kind == "e8p" else 0.0  # E8P rounds its two stages in another order
+        torch.testing.assert_close(torch.cat(pieces), W, rtol=exact, atol=exact)
 
 
 def test_unknown_packing_is_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

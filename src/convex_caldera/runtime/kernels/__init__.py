@@ -33,7 +33,11 @@ REFERENCE = Kernel("reference", reference.multiply, reference.multiply_transpose
 
 # (kind, device) -> module of this room that has `multiply` and `multiply_transposed`; modules
 # are imported when first used, since compiling kernels takes a while.
-TABLE: dict[tuple[str, str], str] = {("e8p", "cpu"): "lattice_cpu"}
+TABLE: dict[tuple[str, str], str] = {
+    ("e8p", "cpu"): "lattice_cpu",
+    ("normal_float", "cpu"): "scalar_cpu",
+    ("uniform", "cpu"): "scalar_cpu",
+}
 
 
 def kernel_for(fitted: FittedQuantizer, device_type: str) -> Kernel:

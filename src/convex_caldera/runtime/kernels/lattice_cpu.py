@@ -12,7 +12,6 @@ token more. The tables are read off `e8p_points`, the definition, so they cannot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -24,7 +23,12 @@ from torch import Tensor
 from convex_caldera.core.protocols import FittedQuantizer
 from convex_caldera.quantizers import e8p_points
 from convex_caldera.quantizers.e8p import FittedE8P
-from convex_caldera.runtime.kernels.reference import SLICE_VALUES
+from convex_caldera.runtime.kernels.reference import (
+    SLICE_VALUES,
+    Slices,
+    product,
+    product_transposed,
+)
 
 _NO_PLANE = np.zeros(0, np.uint8)
 
@@ -50,10 +54,7 @@ def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
     assert isinstance(fitted, FittedE8P)
     if x.shape[0] == 1:
         return _one_token(fitted, packed, x)
-    out = x.new_empty(x.shape[0], fitted.shape[0])
-    for rows, values in decoded_slices(fitted, packed):
-        torch.matmul(x, values.T, out=out[:, rows])
-    return out
+    return product(decoded_slices(fitted, packed), x, fitted.shape[0])
 
 
 def _one_token(fitted: FittedE8P, packed: Tensor, x: Tensor) -> Tensor:
@@ -71,13 +72,10 @@ def _one_token(fitted: FittedE8P, packed: Tensor, x: Tensor) -> Tensor:
 def multiply_transposed(fitted: FittedQuantizer, packed: Tensor, y: Tensor) -> Tensor:
     """y (tokens, m) -> y Q (tokens, n), float32."""
     assert isinstance(fitted, FittedE8P)
-    out = y.new_zeros(y.shape[0], fitted.shape[1])
-    for rows, values in decoded_slices(fitted, packed):
-        out.addmm_(y[:, rows], values)
-    return out
+    return product_transposed(decoded_slices(fitted, packed), y, fitted.shape[1])
 
 
-def decoded_slices(fitted: FittedE8P, packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def decoded_slices(fitted: FittedE8P, packed: Tensor) -> Slices:
     """Slices of rows and their values (rows, n), float32; the buffer is used again."""
     m, n = fitted.shape
     blocks = -(-n // 8)

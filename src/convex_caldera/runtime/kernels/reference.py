@@ -20,6 +20,8 @@ SLICE_VALUES = 1 << 18
 # Slices start at multiples of this many rows, so that whole bytes are cut from any bit width.
 ROW_STEP = 16
 
+Slices = Iterator[tuple[slice, Tensor]]
+
 # Consecutive planes of the packed codes: (bytes of ROW_STEP rows, bytes of the whole plane).
 Planes = tuple[tuple[int, int], ...]
 
@@ -51,21 +53,31 @@ PLANES: dict[str, Callable[[Any], Planes]] = {
 
 def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
     """x (tokens, n) -> x Q^T (tokens, m), float32."""
-    out = x.new_empty(x.shape[0], fitted.shape[0])
-    for rows, values in decoded_slices(fitted, packed):
-        torch.matmul(x, values.T, out=out[:, rows])
-    return out
+    return product(decoded_slices(fitted, packed), x, fitted.shape[0])
 
 
 def multiply_transposed(fitted: FittedQuantizer, packed: Tensor, y: Tensor) -> Tensor:
     """y (tokens, m) -> y Q (tokens, n), float32."""
-    out = y.new_zeros(y.shape[0], fitted.shape[1])
-    for rows, values in decoded_slices(fitted, packed):
+    return product_transposed(decoded_slices(fitted, packed), y, fitted.shape[1])
+
+
+def product(slices: Slices, x: Tensor, m: int) -> Tensor:
+    """x Q^T from slices of the rows of Q, each used before the next is asked for."""
+    out = x.new_empty(x.shape[0], m)
+    for rows, values in slices:
+        torch.matmul(x, values.T, out=out[:, rows])
+    return out
+
+
+def product_transposed(slices: Slices, y: Tensor, n: int) -> Tensor:
+    """y Q from slices of the rows of Q."""
+    out = y.new_zeros(y.shape[0], n)
+    for rows, values in slices:
         out.addmm_(y[:, rows], values)
     return out
 
 
-def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Slices:
     """Slices of rows and their decoded values (rows, n), float32, in order."""
     m, n = fitted.shape
     if fitted.quantizer.kind not in PLANES:
