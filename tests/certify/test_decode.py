@@ -37,6 +37,7 @@ ALL = [
     Trellis(3.0, 6, "1mad", chain=2),
     Trellis(2.25, 6, "mcg", chain=1, row_scales=True),
     Trellis(1.5, 5, "mul2", chain=3),
+    Trellis(2.5, 8, "weyl"),
     Trellis(1.0625, 4, "mul2", row_scales=True),
     Trellis(2.0, 10, "mul1", chain=4, encoder="beam", survivors=4),
 ]

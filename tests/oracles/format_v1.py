@@ -116,6 +116,8 @@ def layout(record, shape):
         widths = [min(16, n - j) for j in range(0, n, 16)]
         size = sum(-(-(h * d * r // 16) // 8) for h in heights for d in widths)
         fields = {"scale": ("F32", (1,)), "codes": ("U8", (size,))}
+        if record["code"] == "weyl":
+            fields["multiplier"] = ("U32", (1,))
         return fields | ({"row_scale": ("F16", (m,))} if record["row_scales"] else {})
     if kind == "scale":
         return {"scale": ("F16", (n,))}
@@ -239,14 +241,18 @@ def trellis(record, shape, tensors):
             bits = streams[i, j]
         window = ends[:, None] + np.arange(-L, 0)
         states = (bits[window % len(bits)].astype(np.int64) << np.arange(L)[::-1]).sum(1)
-        values = [level(record["code"], int(s)) for s in states]
+        word = int(tensors["multiplier"][0]) if record["code"] == "weyl" else 0
+        values = [level(record["code"], int(s), word) for s in states]
         W[16 * i : 16 * i + h, 16 * j : 16 * j + d] = np.reshape(values, (h, d))
     rows = tensors.get("row_scale", np.ones(m)).astype(np.float32)
     return tensors["scale"][0] * rows[:, None] * W
 
 
-def level(code, s):
+def level(code, s, multiplier):
     word = 1 << 32
+    if code == "weyl":
+        quantile = NormalDist().inv_cdf(((multiplier * s % word >> 22) + 0.5) / 1024)
+        return round(4096 * quantile) / 4096
     if code in ("mul1", "mul2", "1mad"):
         x = (34038481 * s + 76625530) % word if code == "1mad" else 0x83DCD12D * s % word
         if code == "mul2":

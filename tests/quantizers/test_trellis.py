@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import struct
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
-from convex_caldera.quantizers import trellis_codes, trellis_stream, trellis_viterbi
+from convex_caldera.quantizers import trellis_stream, trellis_viterbi
 from convex_caldera.quantizers.trellis import FittedTrellis, Trellis
+from convex_caldera.quantizers.trellis_codes import Code
 
 SMALL = Trellis(bits=2.0, state_bits=8)
 KINDS = [
@@ -26,6 +29,8 @@ KINDS = [
     Trellis(bits=1.25, state_bits=7, chain=1, code="mul2"),
     Trellis(bits=2.0, state_bits=24, chain=3, encoder="beam", survivors=64),
     Trellis(bits=3.5, state_bits=20, chain=2, encoder="beam", survivors=40, code="mul2"),
+    Trellis(bits=2.0, state_bits=12, code="weyl"),
+    Trellis(bits=1.5, state_bits=24, chain=2, encoder="beam", survivors=50, code="weyl"),
 ]
 
 
@@ -39,6 +44,21 @@ def random_codes(fitted: FittedTrellis, seed: int) -> torch.Tensor:
     tiling = fitted._tiling
     stored = ~tiling.spare_bits() * tiling.byte_mask()
     return torch.from_numpy(rng.integers(0, 256, stored.shape, dtype=np.uint8) & stored)
+
+
+def literal_level(code: str, s: int, multiplier: int) -> float:
+    """Level of one state in Python integers and doubles."""
+    if code == "weyl":
+        u = multiplier * s % 2**32 >> 22
+        return round(4096 * NormalDist().inv_cdf((u + 0.5) / 1024)) / 4096
+    if code in ("3inst", "mcg"):
+        x = 89226354 * s + 64248484 if code == "3inst" else 0xCBAC1FED * s
+        x = (x % 2**32 & 0x8FFF8FFF) ^ 0x3B603B60
+        return sum(struct.unpack("<2e", x.to_bytes(4, "little")))
+    x = (34038481 * s + 76625530 if code == "1mad" else 0x83DCD12D * s) % 2**32
+    if code == "mul2":
+        x = 0x9E3779B1 * (x ^ x >> 15) % 2**32
+    return sum(x.to_bytes(4, "little")) - 510
 
 
 def decode_literally(fitted: FittedTrellis, codes: torch.Tensor) -> np.ndarray:
@@ -62,8 +82,8 @@ def decode_literally(fitted: FittedTrellis, codes: torch.Tensor) -> np.ndarray:
             stream = before + bits
             for t in range(h * d):
                 end = len(before) + (t + 1) * r // 16
-                state = np.array([int(stream[end - L : end], 2)], np.uint32)
-                level = trellis_codes.computed_levels(q.code, state)[0]
+                state = int(stream[end - L : end], 2)
+                level = np.float32(literal_level(q.code, state, fitted.code.multiplier))
                 row_scale = scales[i + t // d if len(scales) > 1 else 0, 0]
                 out[i + t // d, j + t % d] = row_scale * level
             before = stream
@@ -206,9 +226,34 @@ def test_tail_biting_path_is_closed_and_near_the_best(
             assert loss == pytest.approx(best, abs=1e-4)
 
 
+def best_open_loss(x: np.ndarray, K: int, levels: np.ndarray) -> float:
+    """Least squared error from state 0 with a free end: plain dynamic programming."""
+    L, count = int(np.log2(len(levels))), len(levels)
+    cost = np.full(count, np.inf)
+    cost[0] = 0.0
+    for target in x:
+        # state s is reached from every state whose low L - K bits are s >> K
+        best = cost.reshape(1 << K, -1).min(axis=0)
+        cost = best[np.arange(count) >> K] + (levels - target) ** 2
+    return float(cost.min())
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_settling_a_long_chain_early_loses_nothing(K: int) -> None:
+    rng = np.random.default_rng(K)
+    L, size = 7, 1000
+    levels = rng.standard_normal(1 << L).astype(np.float32)
+    x = rng.standard_normal((3, size)).astype(np.float32)
+    steps = trellis_stream.step_bits(16 * K, size)
+    found = trellis_viterbi.search(x, steps, levels, L, chained=True)
+    for target, symbols in zip(x, found, strict=True):
+        loss = loss_of(target, symbols, steps, levels, chained=True)
+        assert loss == pytest.approx(best_open_loss(target, K, levels), rel=1e-4)
+
+
 def test_tail_biting_costs_little_beside_free_ends() -> None:
     steps = trellis_stream.step_bits(32, 256)
-    levels = trellis_codes.level_table("mul1", 8) / np.float32(147.8)
+    levels = Code("mul1", 8).table() / np.float32(147.8)
     x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
     closed = trellis_viterbi.search(x, steps, levels, 8, chained=False)
     opened = trellis_viterbi.search(x, steps, levels, 8, chained=True)

@@ -33,6 +33,7 @@ QUANTIZERS = [
     *(E8P(b, joint_scale=False) for b in (3, 4)),
     *(Trellis(2.0, 6, code) for code in ("mul1", "mul2", "1mad", "3inst", "mcg")),
     Trellis(1.5, 7, chain=2, row_scales=True),
+    Trellis(2.0, 8, "weyl"),
 ]
 HADAMARD = RandomizedHadamard()
 CASES = [

@@ -8,9 +8,9 @@ first bit most significant: read cyclically in the tile (chain = 0), or in the j
 `chain` consecutive tiles of a column block, with zeros before the start.
 
 Levels, all arithmetic modulo 2^32: with x = M s (weyl, M the tensor `multiplier`), the normal
-quantile of ((x >> 22) + 1/2) / 1024 in multiples of 2^-12; with x = 0x83DCD12D s (mul1), x hashed once more (mul2), or
-x = 34038481 s + 76625530 (1mad), the sum of the four bytes of x less 510; with
-x = 89226354 s + 64248484 (3inst) or 0xCBAC1FED s (mcg), the sum of both halves of
+quantile of ((x >> 22) + 1/2) / 1024 in multiples of 2^-12; with x = 0x83DCD12D s (mul1), x hashed
+once more (mul2), or x = 34038481 s + 76625530 (1mad), the sum of the four bytes of x less 510;
+with x = 89226354 s + 64248484 (3inst) or 0xCBAC1FED s (mcg), the sum of both halves of
 (x & 0x8FFF8FFF) ^ 0x3B603B60 read as half-precision numbers.
 
 Source: Tseng et al., QTIP, arXiv 2406.11235; docs/format.md is normative.

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, final, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
-from convex_caldera.quantizers import trellis_codes, trellis_stream
+from convex_caldera.quantizers import trellis_stream
 from convex_caldera.quantizers.groups import (
     check_columns,
     check_finite,
@@ -35,11 +35,18 @@ from convex_caldera.quantizers.groups import (
     checked_tensor,
     sliced_shape,
 )
+from convex_caldera.quantizers.trellis_codes import (
+    BYTE_SUM_CODES,
+    Code,
+    CodeName,
+    designed_multiplier,
+)
 from convex_caldera.quantizers.trellis_stream import RATE_UNIT, TILE, Tiling
 
 MAX_VITERBI_BITS = 16  # 2^L states are visited; also the most a row of 16 weights can close
 MAX_STATE_BITS = 28  # the product of a longer state would forget its oldest bits
 MAX_SURVIVORS = 1 << 20
+BEAM_CODES = ("weyl", *BYTE_SUM_CODES)
 TARGET_LIMIT = 16.0  # standard deviations; no level lies beyond 4, so none is missed
 
 
@@ -51,9 +58,9 @@ class Trellis:
     Args:
         bits: 1 to 8 in steps of 1/16; fractional rates alternate between integer ones.
         state_bits: L, the memory.
-        code: name of the level function, `trellis_codes.COMPUTED_CODES`.
+        code: name of the level function in `trellis_codes`.
         chain: 0 for tail-biting tiles, c > 0 for streams over c tile rows of a column block.
-        encoder: "viterbi" (exact, L <= 16) or "beam" (any L up to 28, byte-sum codes, chained).
+        encoder: "viterbi" (exact, L <= 16) or "beam" (any L up to 28, chained).
         survivors: paths that the beam keeps; more is better and slower.
         row_scales: a float16 factor for every row beside the float32 scale of the matrix.
 
@@ -64,7 +71,7 @@ class Trellis:
 
     bits: float = 2.0
     state_bits: int = 12
-    code: str = "mul1"
+    code: CodeName = "mul1"
     chain: int = 0
     encoder: Literal["viterbi", "beam"] = "viterbi"
     survivors: int = 4096
@@ -73,9 +80,6 @@ class Trellis:
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8 or self.bits * RATE_UNIT % 1:
             raise RecipeError(f"bits are 1 to 8 in steps of 1/{RATE_UNIT}, got {self.bits}")
-        if self.code not in trellis_codes.COMPUTED_CODES:
-            codes = ", ".join(trellis_codes.COMPUTED_CODES)
-            raise RecipeError(f"unknown trellis code {self.code!r}; one of {codes}")
         if self.chain < 0:
             raise RecipeError(f"chain counts tile rows and is >= 0, got {self.chain}")
         if self.encoder not in ("viterbi", "beam"):
@@ -87,14 +91,16 @@ class Trellis:
                 f"state_bits lies between {least} (more than the bits of a weight) and {most}"
                 f" for the {self.encoder} encoder, got {self.state_bits}"
             )
-        if beam and (self.chain == 0 or self.code not in trellis_codes.BYTE_SUM_CODES):
-            codes = ", ".join(trellis_codes.BYTE_SUM_CODES)
+        if beam and (self.chain == 0 or self.code not in BEAM_CODES):
             raise RecipeError(
-                f"the beam needs chain >= 1 and a byte-sum code ({codes}),"
+                f"the beam needs chain >= 1 and a code of {', '.join(BEAM_CODES)},"
                 f" got chain {self.chain} and code {self.code!r}"
             )
         if not 1 <= self.survivors <= MAX_SURVIVORS:
             raise RecipeError(f"survivors lie between 1 and {MAX_SURVIVORS}, got {self.survivors}")
+        if self.code not in get_args(CodeName):
+            known = ", ".join(get_args(CodeName))
+            raise RecipeError(f"unknown trellis code {self.code!r}; one of {known}")
 
     @property
     def block(self) -> int:
@@ -114,29 +120,41 @@ class Trellis:
             weights = importance.double() / importance.double().mean()
             power = power * weights
         rms = power.mean().sqrt()
-        scale = (gain * rms / trellis_codes.SIGMA[self.code]).float().reshape(1)
-        rows = None
+        # an ideal code's levels have the variance 1 - D of the backward test channel
+        spread = math.sqrt(1 - 4.0**-self.bits)
+        sigma = Code(self.code, self.state_bits).sigma
+        scale = (gain * spread * rms / sigma).float().reshape(1)
+        rows = multiplier = None
         if self.row_scales:
             ratio = power.mean(dim=1).sqrt() / rms if rms > 0 else torch.ones(W.shape[0])
             rows = ratio.clamp(max=6e4).half()
-        return FittedTrellis(self, (W.shape[0], W.shape[1]), scale, rows)
+        if self.code == "weyl":
+            multiplier = torch.tensor(
+                [designed_multiplier(self.state_bits, self.bits)], dtype=torch.uint32
+            )
+        return FittedTrellis(self, (W.shape[0], W.shape[1]), scale, rows, multiplier)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """One float32 scale, a float16 one a row if asked for, and the streams of all tiles."""
+        """A float32 scale, a float16 one a row if asked for, weyl's word, all tiles' streams."""
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "scale": (torch.float32, (1,)),
             "codes": (torch.uint8, (Tiling(shape, self.sixteenths).packed_bytes,)),
         }
         if self.row_scales:
             layout["row_scale"] = (torch.float16, (shape[0],))
+        if self.code == "weyl":
+            layout["multiplier"] = (torch.uint32, (1,))
         return layout
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedTrellis:
-        scale = checked_tensor(dict(tensors), "scale", (1,), torch.float32)
-        rows = None
+        given = dict(tensors)
+        scale = checked_tensor(given, "scale", (1,), torch.float32)
+        rows = multiplier = None
         if self.row_scales:
-            rows = checked_tensor(dict(tensors), "row_scale", (shape[0],), torch.float16)
-        return FittedTrellis(self, shape, scale, rows)
+            rows = checked_tensor(given, "row_scale", (shape[0],), torch.float16)
+        if self.code == "weyl":
+            multiplier = checked_tensor(given, "multiplier", (1,), torch.uint32)
+        return FittedTrellis(self, shape, scale, rows, multiplier)
 
 
 @final
@@ -148,6 +166,13 @@ class FittedTrellis:
     shape: tuple[int, int]
     scale: Tensor
     row_scale: Tensor | None
+    multiplier: Tensor | None
+
+    @cached_property
+    def code(self) -> Code:
+        """The level of every state."""
+        word = 0 if self.multiplier is None else int(self.multiplier.long())
+        return Code(self.quantizer.code, self.quantizer.state_bits, word)
 
     @property
     def row_block(self) -> int:
@@ -172,10 +197,11 @@ class FittedTrellis:
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         check_columns(x, self.shape, start, TILE)
         check_finite(x, "the target to encode")
-        unit = self._scales * trellis_codes.SIGMA[self.quantizer.code]
+        unit = self._scales * self.code.sigma
         safe = torch.where(unit > 0, unit, torch.ones(1))
-        target = torch.where(unit > 0, x.float() / safe, torch.zeros(1))
-        return torch.from_numpy(self._search(target.clamp(-TARGET_LIMIT, TARGET_LIMIT).numpy()))
+        target = torch.where(unit > 0, x.float().cpu() / safe, torch.zeros(1))
+        codes = self._search(target.clamp(-TARGET_LIMIT, TARGET_LIMIT).numpy())
+        return torch.from_numpy(codes).to(x.device)
 
     def _search(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Codes of targets x (m, d) in standard deviations of the code."""
@@ -204,11 +230,10 @@ class FittedTrellis:
         heights = [min(TILE, height - i) for i in range(0, height, TILE)]
         per_tile = [trellis_stream.step_bits(q.sixteenths, h * width) for h in heights]
         steps = np.concatenate(per_tile)
-        sigma = trellis_codes.SIGMA[q.code]
         if q.encoder == "beam":
-            symbols = trellis_beam.search(streams, steps, q.code, sigma, q.state_bits, q.survivors)
+            symbols = trellis_beam.search(streams, steps, self.code, q.survivors)
         else:
-            levels = trellis_codes.level_table(q.code, q.state_bits) / np.float32(sigma)
+            levels = self.code.table() / np.float32(self.code.sigma)
             symbols = trellis_viterbi.search(streams, steps, levels, q.state_bits, q.chain > 0)
         out = np.zeros((len(streams), len(heights), self._tiling.tile_bytes), np.uint8)
         at = 0
@@ -219,11 +244,8 @@ class FittedTrellis:
         return blocks.reshape((m // height) * len(heights), -1)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
-        states = self._states(codes, start)
-        q = self.quantizer
-        return self._scales * torch.from_numpy(
-            trellis_codes.levels_of(q.code, q.state_bits, states)
-        )
+        levels = torch.from_numpy(self.code.levels(self._states(codes.cpu(), start)))
+        return (self._scales * levels).to(codes.device)
 
     def _states(self, codes: Tensor, start: int) -> NDArray[np.uint32]:
         """States (m, d) of the weights whose codes these are."""
@@ -253,12 +275,8 @@ class FittedTrellis:
         first, last, _ = rows.indices(self.shape[0])
         if first % self.row_block or (last % self.row_block and last != self.shape[0]):
             raise ShapeError(f"rows are coded in runs of {self.row_block}, got {rows}")
-        return FittedTrellis(
-            self.quantizer,
-            shape,
-            self.scale,
-            None if self.row_scale is None else self.row_scale[rows],
-        )
+        rows_of = None if self.row_scale is None else self.row_scale[rows]
+        return FittedTrellis(self.quantizer, shape, self.scale, rows_of, self.multiplier)
 
     def pack(self, codes: Tensor) -> Tensor:
         return codes[torch.from_numpy(self._tiling.byte_mask())]
@@ -279,6 +297,9 @@ class FittedTrellis:
         return codes
 
     def tensors(self) -> dict[str, Tensor]:
-        if self.row_scale is None:
-            return {"scale": self.scale}
-        return {"scale": self.scale, "row_scale": self.row_scale}
+        found = {
+            "scale": self.scale,
+            "row_scale": self.row_scale,
+            "multiplier": self.multiplier,
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -15,16 +15,19 @@ survivors keep different histories for hundreds of weights (two families of path
 a state; one dies out), and settling early would cut off the better. The tree of histories stays
 small because branches without survivors are collected every `COLLECT` steps.
 
-Levels are byte sums (`trellis_codes`), recomputed from the state: no table is read.
+Levels are computed from the state (`trellis_codes`): byte sums, or quantiles from 4 KB.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from convex_caldera.quantizers import trellis_codes
+from convex_caldera.quantizers.trellis_codes import Code
 from convex_caldera.quantizers.trellis_simd import (
     LANES,
     add_word,
@@ -39,6 +42,7 @@ from convex_caldera.quantizers.trellis_simd import (
     shift_left,
     shift_right,
     store,
+    table_cost,
 )
 from convex_caldera.quantizers.trellis_viterbi import run_jobs
 
@@ -51,8 +55,10 @@ MERGE = 4  # steps between two searches for paths that have met
 
 
 @numba.njit(forceinline=True)
-def _cost(product, cost, target, unit, shift, second):  # type: ignore[no-untyped-def]
+def _cost(product, cost, target, unit, shift, second, table):  # type: ignore[no-untyped-def]
     """Costs of sixteen candidates whose states' first products are given."""
+    if len(table):
+        return table_cost(product, shift, table, target, cost)
     if shift > 0:
         product = multiply_word(exclusive_or(product, shift_right(product, shift)), second)
     return byte_sum_cost(product, unit, target, cost)
@@ -61,7 +67,7 @@ def _cost(product, cost, target, unit, shift, second):  # type: ignore[no-untype
 @numba.njit(cache=True, nogil=True)
 def _sample_costs(states, costs, count, bits, mask, code, target, unit, sample):  # type: ignore[no-untyped-def]
     """Fill `sample` with the costs of evenly spread candidates; returns how many there are."""
-    multiplier, addend, shift, second = code
+    multiplier, addend, shift, second, table = code
     groups = (count + LANES - 1) // LANES
     stride = max(1, (groups * LANES << bits) // len(sample) + 1)
     taken = 0
@@ -71,7 +77,7 @@ def _sample_costs(states, costs, count, bits, mask, code, target, unit, sample):
         cost = load(costs, group * LANES)
         for b in range(1 << bits):
             branch = add_word(product, np.uint32(b) * multiplier)
-            store(sample, taken, _cost(branch, cost, target, unit, shift, second))
+            store(sample, taken, _cost(branch, cost, target, unit, shift, second, table))
             taken += min(LANES, count - group * LANES)
         if taken + (LANES << bits) > len(sample):
             break
@@ -107,7 +113,7 @@ def _extend(  # type: ignore[no-untyped-def]
 
     Its node, parent << 8 | symbol, is appended to `nodes`.
     """
-    multiplier, addend, shift, second = code
+    multiplier, addend, shift, second, table = code
     room = len(next_costs) - (LANES << bits)
     kept = 0
     for i in range(0, count, LANES):
@@ -116,7 +122,7 @@ def _extend(  # type: ignore[no-untyped-def]
         cost, origin = load(costs, i), shift_left(count_up(np.uint32(i)), np.uint32(8))
         for b in range(1 << bits):
             branch = add_word(product, np.uint32(b) * multiplier)
-            total = _cost(branch, cost, target, unit, shift, second)
+            total = _cost(branch, cost, target, unit, shift, second, table)
             state, node = add_word(first, np.uint32(b)), add_word(origin, np.uint32(b))
             kept = append_below(total, limit, state, node, next_costs, next_states, nodes, kept)
         if kept > room:
@@ -231,33 +237,36 @@ def _search_chain(x, steps, state_bits, code, unit, offset, survivors, out):  # 
         out[t], at = np.uint8(node & np.uint32(255)), np.int64(node >> np.uint32(8))
 
 
+def _words(code: Code) -> tuple[Any, ...]:
+    """Multiplier, addend, shift, second multiplier and table, as `_cost` takes them."""
+    if code.name == "weyl":
+        shift = np.uint32(32 - trellis_codes.QUANTILE_BITS)
+        multiplier = np.uint32(code.multiplier)
+        return multiplier, np.uint32(0), shift, np.uint32(1), trellis_codes.quantiles().copy()
+    parts = tuple(np.uint32(part) for part in trellis_codes.BYTE_SUM_CODES[code.name])
+    return (*parts, np.empty(0, np.float32))
+
+
 def search(
-    x: NDArray[np.float32],
-    steps: NDArray[np.int64],
-    code: str,
-    sigma: float,
-    state_bits: int,
-    survivors: int,
+    x: NDArray[np.float32], steps: NDArray[np.int64], code: Code, survivors: int
 ) -> NDArray[np.uint8]:
     """Symbols b_t of good paths from state 0 for the chains x (count, T), uint8 of x's shape.
 
     Args:
         x: targets in standard deviations of the code.
         steps: K_t, new bits of each weight, (T,).
-        code: a byte-sum code.
+        code: weyl or a byte-sum code.
         survivors: M, paths kept.
 
     Cost: M 2^K branch metrics a weight. Memory: about 1000 M bytes a thread.
     """
-    multiplier, addend, shift, second = (
-        np.uint32(part) for part in trellis_codes.BYTE_SUM_CODES[code]
-    )
-    words = (multiplier, addend, shift, second)
-    unit, offset = np.float32(1 / sigma), np.float32(510 / sigma)
+    words = _words(code)
+    mean = 0 if code.name == "weyl" else trellis_codes.BYTE_SUM_MEAN
+    unit, offset = np.float32(1 / code.sigma), np.float32(mean / code.sigma)
     out = np.empty(x.shape, np.uint8)
 
     def job(i: int) -> None:
-        _search_chain(x[i], steps, state_bits, words, unit, offset, survivors, out[i])
+        _search_chain(x[i], steps, code.state_bits, words, unit, offset, survivors, out[i])
 
     run_jobs(job, len(x))
     return out

@@ -1,8 +1,11 @@
-"""Reproduction levels of a trellis: a number for every state, computed or from a trained table.
+"""Reproduction levels of a trellis: a number for every state.
 
-A code maps an L-bit state s to a level whose distribution over all states is nearly Gaussian.
-All arithmetic is on uint32, modulo 2^32:
+A code maps an L-bit state s to a level; over all states the levels are nearly Gaussian. All
+arithmetic is on uint32, modulo 2^32:
 
+    weyl    x = M s;  the Gaussian quantile of the upper ten bits of x: entry x >> 22 of
+            round(4096 Phi^-1((i + 1/2) / 1024)) / 4096, i = 0 .. 1023;  M is stored with the
+            matrix, so that better ones need no new reader; ours are in `MULTIPLIERS`
     mul1    x = 0x83DCD12D s;  the sum of the four bytes of x, minus 510
     mul2    x = 0x83DCD12D s;  x = 0x9E3779B1 (x xor (x >> 15));  byte sum as above
     1mad    x = 34038481 s + 76625530;  byte sum as above
@@ -10,34 +13,33 @@ All arithmetic is on uint32, modulo 2^32:
             upper and the lower half of x read as IEEE half precision
     mcg     as 3inst with x = 0xCBAC1FED s
 
+`weyl` is not a hash: x / 2^32 is the fractional part of a sum of multiples of one number, one
+for each bit of the window (a Weyl sequence), chosen so that the 2^K levels that can follow a
+path, and the 2^K levels of paths that meet, are spread evenly over the quantiles instead of at
+random. That is worth as much as four more state bits: at L = 12 it beats a random table of 2^16
+levels at 4 bits, with one multiplication and a table of 2 KB.
+
 Byte sums are Irwin-Hall(4): one multiplication, integer levels, and on CPUs one dot-product
 instruction adds the bytes of sixteen states. `mul2` mixes the oldest bits of states longer
 than 24 bits, which one multiplication leaves in the top byte alone. A level's unit is the
 code's own; `SIGMA` is its standard deviation over all states, and stored scales absorb it.
 
 Sources: 1mad and 3inst, Tseng et al., QTIP, arXiv 2406.11235; mcg and mul1, the constants of
-ExLlamaV3; mul2 is ours.
+ExLlamaV3; weyl and mul2 are ours.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-COMPUTED_CODES = ("mul1", "mul2", "1mad", "3inst", "mcg")
-
-# Standard deviation of the levels over 2^32 states: four bytes give sqrt(4 (256^2 - 1) / 12).
-_BYTE_SUM_SIGMA = 147.8005
-_HALVES_SIGMA = 1.24371
-SIGMA = {
-    "mul1": _BYTE_SUM_SIGMA,
-    "mul2": _BYTE_SUM_SIGMA,
-    "1mad": _BYTE_SUM_SIGMA,
-    "3inst": _HALVES_SIGMA,
-    "mcg": _HALVES_SIGMA,
-}
+CodeName = Literal["weyl", "mul1", "mul2", "1mad", "3inst", "mcg"]
 
 # (multiplier, addend, xor-shift, second multiplier) of the byte-sum codes; shift 0 is no mixing
 BYTE_SUM_CODES = {
@@ -46,47 +48,118 @@ BYTE_SUM_CODES = {
     "1mad": (34038481, 76625530, 0, 1),
 }
 
+# M of `weyl` by (state bits, ceil(bits)), found by benchmarks/trellis_design.py
+MULTIPLIERS = {
+    (8, 1): 0x84DAB045,
+    (8, 2): 0xC26C9F9D,
+    (8, 3): 0xE25F64AB,
+    (8, 4): 0xBB48689B,
+    (10, 1): 0x89351897,
+    (10, 2): 0xBCB6E913,
+    (10, 3): 0xA03E21CF,
+    (10, 4): 0xEE74532B,
+    (12, 1): 0x95B42E2D,
+    (12, 2): 0xC3674F67,
+    (12, 3): 0xE0634FAF,
+    (12, 4): 0xF0A13AE9,
+    (14, 1): 0x8E131ED5,
+    (14, 2): 0xB5D34AFD,
+    (14, 3): 0xDFD6415D,
+    (14, 4): 0x90059815,
+    (16, 2): 0xB40D35D7,
+    (16, 3): 0xC748DEDF,
+    (16, 4): 0xB44CFB03,
+    (24, 1): 0x92F8ED33,
+    (24, 2): 0xC557AF33,
+    (24, 3): 0x8E8B3917,
+    (24, 4): 0xBB4D14E1,
+    (28, 1): 0x94FB6147,
+    (28, 2): 0xBEAE01DD,
+    (28, 3): 0xA1FAC13D,
+    (28, 4): 0xA5B6AB87,
+}
+
+# Standard deviation of the levels over 2^32 states: four bytes give sqrt(4 (256^2 - 1) / 12).
+BYTE_SUM_SIGMA = 147.8005
+BYTE_SUM_MEAN = 510
+HALVES_SIGMA = 1.24371
+
+QUANTILE_BITS = 10
+MAX_DESIGNED_BITS = 28
 TABLE_STATE_BITS = 16  # longest state whose levels are tabulated for speed
 
 
-def mix(code: str, states: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The hashed word x of every state, uint32."""
-    s = states.astype(np.uint32)
-    if code == "mul1":
-        return s * np.uint32(0x83DCD12D)
-    if code == "mul2":
-        x = s * np.uint32(0x83DCD12D)
-        return (x ^ (x >> np.uint32(15))) * np.uint32(0x9E3779B1)
-    if code == "1mad":
-        return s * np.uint32(34038481) + np.uint32(76625530)
-    x = (
-        s * np.uint32(0xCBAC1FED)
-        if code == "mcg"
-        else s * np.uint32(89226354) + np.uint32(64248484)
-    )
-    return (x & np.uint32(0x8FFF8FFF)) ^ np.uint32(0x3B603B60)
+def designed_multiplier(state_bits: int, bits: float) -> int:
+    """M of `weyl` for this state length and rate; any odd M decodes, a designed one spreads.
+
+    Lengths that were not searched take the next longer one's, rates above the last its.
+    """
+    length = min((L for L, _ in MULTIPLIERS if L >= state_bits), default=MAX_DESIGNED_BITS)
+    most = max(K for L, K in MULTIPLIERS if length == L)
+    return MULTIPLIERS[length, min(math.ceil(bits), most)]
 
 
-def computed_levels(code: str, states: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Levels of `states` under a computed code, exact in float32."""
-    x = np.ascontiguousarray(mix(code, states))
-    if code in ("3inst", "mcg"):
-        halves = x.view(np.float16).reshape(*x.shape, 2).astype(np.float32)
-        return halves[..., 0] + halves[..., 1]
-    total = x.view(np.uint8).reshape(*x.shape, 4).sum(axis=-1, dtype=np.int32)
-    return (total - 510).astype(np.float32)
+@dataclass(frozen=True)
+class Code:
+    """One code at one state length; `multiplier` is M of `weyl` and 0 for all others."""
+
+    name: str
+    state_bits: int
+    multiplier: int = 0
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the levels."""
+        if self.name == "weyl":
+            return 1.0
+        return BYTE_SUM_SIGMA if self.name in BYTE_SUM_CODES else HALVES_SIGMA
+
+    def levels(self, states: NDArray[np.uint32]) -> NDArray[np.float32]:
+        """Levels of states, looked up where the table is small enough to be worth making."""
+        if self.state_bits <= TABLE_STATE_BITS:
+            return _table(self)[states]
+        return computed_levels(self, states)
+
+    def table(self) -> NDArray[np.float32]:
+        """Levels of all 2^L states, read-only, for L <= TABLE_STATE_BITS."""
+        return _table(self)
 
 
-@lru_cache(maxsize=32)
-def level_table(code: str, state_bits: int) -> NDArray[np.float32]:
-    """Levels of all 2^state_bits states, read-only, for state_bits <= TABLE_STATE_BITS."""
-    table = computed_levels(code, np.arange(1 << state_bits, dtype=np.uint32))
+@cache
+def quantiles() -> NDArray[np.float32]:
+    """Levels of `weyl` by the upper ten bits of x, multiples of 2^-12, read-only."""
+    count = 1 << QUANTILE_BITS
+    inverse = NormalDist().inv_cdf
+    exact = [inverse((i + 0.5) / count) for i in range(count)]
+    table = (np.rint(4096 * np.array(exact)) / 4096).astype(np.float32)
     table.flags.writeable = False
     return table
 
 
-def levels_of(code: str, state_bits: int, states: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Levels of given states; looked up where the table is small enough to be worth making."""
-    if state_bits <= TABLE_STATE_BITS:
-        return level_table(code, state_bits)[states]
-    return computed_levels(code, states)
+@lru_cache(maxsize=32)
+def _table(code: Code) -> NDArray[np.float32]:
+    table = computed_levels(code, np.arange(1 << code.state_bits, dtype=np.uint32))
+    table.flags.writeable = False
+    return table
+
+
+def computed_levels(code: Code, states: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Levels of states, by the formulas above and exact in float32."""
+    s = states.astype(np.uint32)
+    if code.name == "weyl":
+        x = s * np.uint32(code.multiplier)
+        return quantiles()[x >> np.uint32(32 - QUANTILE_BITS)]
+    if code.name in BYTE_SUM_CODES:
+        multiplier, addend, shift, second = (np.uint32(v) for v in BYTE_SUM_CODES[code.name])
+        x = s * multiplier + addend
+        if shift:
+            x = (x ^ (x >> shift)) * second
+        total = np.ascontiguousarray(x).view(np.uint8).reshape(*x.shape, 4)
+        return (total.sum(axis=-1, dtype=np.int32) - BYTE_SUM_MEAN).astype(np.float32)
+    if code.name == "mcg":
+        x = s * np.uint32(0xCBAC1FED)
+    else:
+        x = s * np.uint32(89226354) + np.uint32(64248484)
+    x = (x & np.uint32(0x8FFF8FFF)) ^ np.uint32(0x3B603B60)
+    halves = np.ascontiguousarray(x).view(np.float16).reshape(*x.shape, 2).astype(np.float32)
+    return halves[..., 0] + halves[..., 1]

@@ -224,6 +224,25 @@ def byte_sum_cost(typing: Any, word: Any, unit: Any, target: Any, cost: Any) -> 
 
 
 @intrinsic
+def table_cost(typing: Any, word: Any, shift: Any, table: Any, target: Any, cost: Any) -> Any:
+    """(table[word >> shift] - target)^2 + cost, `table` a float32 array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, shift, table, target, cost = args
+        index = builder.lshr(x, _splat(builder, shift, _I32))
+        level = ir.Constant(_F32, ir.Undefined)
+        for lane in range(LANES):
+            number = ir.Constant(ir.IntType(32), lane)
+            entry = builder.zext(builder.extract_element(index, number), ir.IntType(64))
+            at = _pointer(context, builder, signature.args[2], table, entry)
+            level = builder.insert_element(level, builder.load(at), number)
+        difference = builder.fsub(level, _splat(builder, target, _F32))
+        return builder.call(_fma(builder), [difference, difference, cost])
+
+    return lanes(words, types.uint32, table, types.float32, lanes), generate
+
+
+@intrinsic
 def append_below(
     typing: Any,
     value: Any,

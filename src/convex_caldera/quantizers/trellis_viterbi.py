@@ -13,10 +13,9 @@ has to be shuffled. The winning k travels in the low bits of the cost (`tagged_c
 Tail-biting: the best path that ends where it starts is found in two passes (Tseng et al., QTIP,
 arXiv 2406.11235, algorithm 4). The first runs through a window around the cut, with free ends,
 and tells the edge in which to cut; the second runs through the whole tile with that edge forced
-at both ends. We let the window reach `CUT_REACH` state lengths to each side instead of half a
-tile, which settles the cut as well and costs a fraction of a pass. Tiles shorter than the
-window are read around and around, and those whose stream is shorter than a state are searched
-exhaustively.
+at both ends. The window reaches `CUT_REACH` L weights to each side, more than the tile has if
+need be: paths of a random code meet slowly, and a window of 5 L / K loses 2 % at L = 16, one of
+8 L a third of a percent. Streams shorter than a state are searched exhaustively.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ from convex_caldera.quantizers.trellis_simd import (
     tagged_cost,
 )
 
-CUT_REACH = 5  # state lengths on each side of the cut that pass 1 looks at
+CUT_REACH = 8  # weights on each side of the cut that pass 1 looks at, for each bit of state
+SETTLE_REACH = 20  # weights after which a chained symbol is settled, for each bit of state
 FORBIDDEN = np.float32(1e9)  # cost of an edge in which a tile may not start
 RENORMALIZE = 32  # steps after which the least cost of each lane is set to 0
 
@@ -165,7 +165,8 @@ def _chained(x, steps, lag, levels, state_bits, scratch, out):  # type: ignore[n
     when all paths worth keeping have long met.
     """
     old, new, winners = scratch
-    row = LANES << (state_bits - steps.min())
+    fewest = steps.min()
+    row = LANES << (state_bits - fewest)
     size = len(steps)
     old[: (LANES << (state_bits - steps[0]))] = FORBIDDEN
     old[:LANES] = 0.0
@@ -173,7 +174,7 @@ def _chained(x, steps, lag, levels, state_bits, scratch, out):  # type: ignore[n
     settled, seen = 0, 0
     while settled < size:
         upto = min(size, settled + 2 * lag)
-        following = steps[upto] if upto < size else np.int64(1)
+        following = steps[upto] if upto < size else fewest
         held = winners[(seen - settled) * row :]
         part, bits = x[seen:upto].reshape(-1), steps[seen:upto]
         _forward(part, bits, following, levels, state_bits, old, new, held, row)
@@ -262,7 +263,7 @@ def search(
         levels: level of every state, (2^L,).
         chained: start from state 0 and end anywhere, instead of ending where it starts.
 
-    Cost: 2^L branch metrics a weight, and 2 CUT_REACH L / K weights more a tail-biting sequence.
+    Cost: 2^L branch metrics a weight; 16 L weights more for a tail-biting sequence.
     Memory: T 2^(L-K) 16 bytes a thread (chained: of T = 2 lag).
     """
     count, size = x.shape
@@ -270,9 +271,8 @@ def search(
     if not chained and steps.sum() < state_bits:
         _exhaustive(x, steps, levels, state_bits, out)
         return out
-    reach = -(-CUT_REACH * state_bits * size // int(steps.sum()))
-    lag = 4 * reach
-    held = 2 * lag if chained else max(size, 2 * reach)
+    reach, lag = CUT_REACH * state_bits, SETTLE_REACH * state_bits
+    held = min(2 * lag, size) if chained else max(size, 2 * reach)
 
     def job(group: int) -> None:
         members = slice(group * LANES, min((group + 1) * LANES, count))
