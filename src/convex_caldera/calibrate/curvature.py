@@ -111,6 +111,8 @@ def sequence_gradients(
     done = 0
     with _frozen(model), _watched(taps), _bfloat16_products():
         for batch in tokens.split(batch_size):
+            for tap in taps.values():
+                tap.first_sample = done
             _backward(model, batch, draw)
             for name, tap in taps.items():
                 for G in tap.gradients():
@@ -124,6 +126,8 @@ def _backward(model: nn.Module, batch: Tensor, draw: torch.Generator) -> None:
     """Gradient of the summed negative log-likelihood of labels drawn from the model itself."""
     embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()  # type: ignore[operator]
     logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
+    if not torch.isfinite(logits).all():
+        raise NumericalError("the model's logits are NaN or infinite on the calibration text")
     chances = logits.detach().softmax(-1).flatten(0, 1)
     labels = torch.multinomial(chances, 1, generator=draw).squeeze(1)
     nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
@@ -136,8 +140,15 @@ class _Tap:
         self.linear, self.name = linear, name
         self.x: Tensor | None = None
         self.dy: Tensor | None = None
+        self.first_sample = 0
 
     def forward_hook(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        bad = ~torch.isfinite(args[0].flatten(1)).all(1)
+        if bad.any():
+            raise NumericalError(
+                f"{self.name}: activations are NaN or infinite in sample "
+                f"{self.first_sample + int(bad.nonzero()[0])}; check the model in this dtype"
+            )
         self.x = args[0].detach()
         y.register_hook(self._keep)
 

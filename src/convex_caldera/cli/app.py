@@ -26,7 +26,9 @@ app = typer.Typer(
 compressing.add_commands(app)
 reading.add_commands(app)
 
-INTERRUPTED = 5
+USAGE, INTERRUPTED = 2, 5
+# typer's codes for an abort by the user and for Ctrl-C; it has no other use for them.
+_ABORTED = (1, 130)
 
 
 def run(argv: list[str]) -> int:
@@ -34,9 +36,11 @@ def run(argv: list[str]) -> int:
     try:
         app(argv, prog_name="convex-caldera")
     except SystemExit as stop:
-        # 1 is typer's code for an abort by the user, and nothing else.
-        return INTERRUPTED if stop.code == 1 else int(stop.code or 0)
+        return INTERRUPTED if stop.code in _ABORTED else int(stop.code or 0)
     except ConvexCalderaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a path of the user that cannot be read or written
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
     return 0

@@ -46,7 +46,7 @@ def compress(
     allow_short: opt.AllowShort = None,
     config: opt.Config = None,
     workers: Annotated[
-        int | None, typer.Option(help="Layers at a time; does not change the result.")
+        int | None, typer.Option(min=1, help="Layers at a time; does not change the result.")
     ] = None,
     json: opt.Json = None,
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from convex_caldera.calibrate.text import fingerprint, token_windows
-from convex_caldera.errors import InterruptedRunError
+from convex_caldera.errors import InterruptedRunError, RecipeError
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -34,6 +34,7 @@ from convex_caldera.workflow.allocating import Allocator
 from convex_caldera.workflow.curvatures import CurvatureKind, gather
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.planning import Budget, Plan, chosen_sites, make_budget, uniform_plan
 from convex_caldera.workflow.progress import Progress, Silent
 from convex_caldera.workflow.settings import Settings
@@ -153,7 +154,7 @@ def prepare(settings: Settings) -> Job:
     """Read shapes and text and check that the budget can be met; no weight is read yet."""
     method = method_named(settings.method)
     path = resolve_model(settings.model)
-    skeleton = Skeleton(path, computing_dtype(settings), settings.device)
+    skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
     source = SourceModel(path)
     sites = chosen_sites(skeleton.sites, settings.ignore)
     budget = budget_of(settings, source, sites)
@@ -161,15 +162,31 @@ def prepare(settings: Settings) -> Job:
     job = Job(settings, method, skeleton, source, sites, budget, None)
     if job.curvature == "none":
         return job
-    tokens = token_windows(
+    tokens = calibration_tokens(settings, skeleton)
+    return Job(settings, method, skeleton, source, sites, budget, tokens)
+
+
+def calibration_tokens(settings: Settings, skeleton: Skeleton) -> torch.Tensor:
+    """The windows of calibration text, (samples, seqlen).
+
+    Raises:
+        RecipeError: windows longer than the model reads.
+        DataError: the text cannot be read or is too short.
+    """
+    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
+    if longest is not None and settings.seqlen > longest:
+        raise RecipeError(
+            f"the model reads at most {longest} tokens but seqlen is {settings.seqlen}; "
+            f"choose --seqlen {longest} or less"
+        )
+    return token_windows(
         settings.dataset,
-        load_tokenizer(path),
+        load_tokenizer(skeleton.path),
         settings.nsamples,
         settings.seqlen,
         settings.seed,
         allow_short=settings.allow_short,
     )
-    return Job(settings, method, skeleton, source, sites, budget, tokens)
 
 
 def budget_of(settings: Settings, source: SourceModel, sites: tuple[Site, ...]) -> Budget:

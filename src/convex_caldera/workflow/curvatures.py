@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from convex_caldera.calibrate.collect import collect
@@ -29,6 +30,7 @@ from convex_caldera.calibrate.saved import (
 from convex_caldera.calibrate.text import fingerprint
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
+from convex_caldera.errors import NumericalError
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -146,12 +148,23 @@ def gather(
     if kind == "input":
         return InputCurvatures(_input_statistics(skeleton, tokens, folder, progress))
     model = load_original(skeleton.path, skeleton.dtype, str(skeleton.device))
+    _check_finite(model)
     count = max(1, round(len(tokens) * (1 - HELD_OUT)))
     used, held_out = tokens[:count], tokens[count:]
     progress.start("curvature", count)
     names = [site.name for site in sites]
     curvatures = sequence_curvature(model, used, names, seed=seed, progress=steps_of(progress))
     return KroneckerCurvatures(curvatures, model, used, held_out)
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise NumericalError(
+                f"{name}: {bad} of {parameter.numel()} weights are NaN or infinite; "
+                "repair the checkpoint"
+            )
 
 
 def _input_statistics(

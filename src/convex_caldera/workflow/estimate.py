@@ -95,7 +95,7 @@ def estimate(settings: Settings) -> Estimate:
         InfeasibleBudgetError, ModelError, RecipeError: as `workflow.compress.prepare`.
     """
     path = resolve_model(settings.model)
-    skeleton = Skeleton(path, computing_dtype(settings), settings.device)
+    skeleton = Skeleton(path, computing_dtype(settings))
     source = SourceModel(path)
     sites = chosen_sites(skeleton.sites, settings.ignore)
     plan = uniform_plan(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from convex_caldera.errors import RecipeError
 from convex_caldera.models.checkpoint import Checkpoint, read_json
 from convex_caldera.models.original import load_original
 from convex_caldera.models.resolve import resolve_model
@@ -31,11 +32,24 @@ class ModelRef:
 
     def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A transformers causal language model in evaluation mode, computing in `dtype`."""
+        device = usable_device(device)
         if self.compressed:
             from convex_caldera.runtime.load import load
 
             return load(self.path, dtype=dtype, device=device)
         return load_original(self.path, dtype, device)
+
+
+def usable_device(name: str) -> str:
+    """`name` if tensors can be made there. Raises RecipeError otherwise."""
+    try:
+        usable = torch.empty(0, device=name).device.type != "meta"
+    except (RuntimeError, AssertionError) as error:  # unknown name; not built in; no driver
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"device {name!r} cannot be used here: {reason}") from error
+    if not usable:
+        raise RecipeError(f"device {name!r} holds no numbers; give cpu, cuda or mps")
+    return name
 
 
 def open_model(name: str) -> ModelRef:

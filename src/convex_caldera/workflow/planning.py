@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError, ModelError, RecipeError
-from convex_caldera.models.patterns import match
+from convex_caldera.models.patterns import match, select
 from convex_caldera.recipes.ladder import Method, Wishes
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.storage.layers import LayerEntry, planned_shard_bytes
@@ -46,6 +46,13 @@ class TiedMatrix(NamedMatrix, Protocol):
 
 
 S = TypeVar("S", bound=NamedMatrix)
+
+# Two wishes that differ in one key: a method that answers both alike does not know the key.
+_TELLING = {
+    "rank": (Wishes(rank=0), Wishes(rank=1)),
+    "group_size": (Wishes(group_size=8), Wishes(group_size=16)),
+    "factor_bits": (Wishes(rank=1, factor_bits=2), Wishes(rank=1, factor_bits=4)),
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,16 @@ class Plan:
 
 
 def chosen_sites(sites: Sequence[S], ignore: Iterable[str]) -> tuple[S, ...]:
-    """The layers to compress. Raises ModelError if nothing is left."""
-    patterns = tuple(ignore)
-    kept = tuple(site for site in sites if not match(patterns, site.name))
+    """The layers to compress.
+
+    Raises:
+        ModelError: there are none, or all are ignored.
+        RecipeError: a pattern that fits no layer.
+    """
+    if not sites:
+        raise ModelError("the decoder blocks have no linear layers to compress")
+    ignored = set(select(ignore, [site.name for site in sites]))
+    kept = tuple(site for site in sites if site.name not in ignored)
     if not kept:
         raise ModelError("every linear layer is ignored; nothing to compress")
     return kept
@@ -128,6 +142,26 @@ def wishes_of(settings: Settings, name: str) -> Wishes:
     return wishes
 
 
+def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Settings) -> None:
+    """Refuse what would be ignored in silence.
+
+    Raises:
+        RecipeError: a pin that fits no layer, or a wish that the method's recipes know nothing of.
+    """
+    pins = [parse_pin(pin) for pin in settings.pin]
+    names = [site.name for site in sites]
+    for pattern, _ in pins:
+        select((pattern,), names)
+    given = {key for _, pinned in pins for key in pinned}
+    given |= {key for key in ("rank", "group_size") if getattr(settings, key) is not None}
+    if settings.factor_bits != Wishes().factor_bits:
+        given.add("factor_bits")
+    for key in sorted(given & set(_TELLING)):
+        one, other = _TELLING[key]
+        if method.ladder(sites[0].shape, one) == method.ladder(sites[0].shape, other):
+            raise RecipeError(f"{method.name} has no {key.replace('_', ' ')}; leave the option out")
+
+
 def parse_pin(pin: str) -> tuple[str, dict[str, int]]:
     """("q_proj", {"bits": 4, "rank": 0}) of "q_proj=bits:4,rank:0".
 
@@ -138,9 +172,10 @@ def parse_pin(pin: str) -> tuple[str, dict[str, int]]:
     pairs = [part.partition(":") for part in body.split(",")]
     keys = {"bits": "bits", "rank": "rank", "factor_bits": "factor_bits", "group": "group_size"}
     wrong = [key for key, _, value in pairs if key not in keys or not value.strip().isdigit()]
-    if not equals or not pattern or wrong:
+    twice = len({key for key, _, _ in pairs}) < len(pairs)
+    if not equals or not pattern or wrong or twice:
         raise RecipeError(
-            f"pin {pin!r} must read pattern=key:number,... with keys {', '.join(keys)}"
+            f"pin {pin!r} must read pattern=key:number,... with keys {', '.join(keys)}, each once"
         )
     return pattern, {keys[key]: int(value) for key, _, value in pairs}
 
@@ -167,7 +202,13 @@ def ties_of(ties: Iterable[str], sites: Sequence[TiedMatrix]) -> tuple[tuple[str
 def uniform_plan(
     sites: Sequence[NamedMatrix], method: Method, settings: Settings, budget: Budget
 ) -> Plan:
-    """The method's ladder for each layer, filled uniformly (`workflow.fill`)."""
+    """The method's ladder for each layer, filled uniformly (`workflow.fill`).
+
+    Raises:
+        InfeasibleBudgetError: with the least feasible budget and the pins.
+        RecipeError: a wish that fits no layer, or that the method cannot obey.
+    """
+    check_wishes(sites, method, settings)
     ladders = {site.name: _ladder(site, method, settings) for site in sites}
     shapes = {site.name: site.shape for site in sites}
     rungs = [

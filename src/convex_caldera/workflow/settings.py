@@ -7,6 +7,7 @@ into what is published.
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -35,7 +36,7 @@ class Settings(BaseModel):
 
     model: str
     method: str = "convex-caldera"
-    bits: Annotated[float, Field(gt=0, le=16)] | None = None
+    bits: Annotated[float, Field(gt=0, le=16, strict=True)] | None = None
     size: str | None = None
     ratio: str | None = None
     rank: Annotated[int, Field(ge=0)] | None = None
@@ -101,6 +102,9 @@ def read_settings(path: Path, **overrides: Any) -> Settings:
     table = document.get("run", document)
     if not isinstance(table, dict):
         raise RecipeError(f"{path}: [run] must be a table")
+    beside = sorted(set(document) - {"run"}) if "run" in document else []
+    if beside:
+        raise RecipeError(f"{path}: unknown key {beside[0]!r} beside [run]")
     if any(overrides.get(key) is not None for key in ("bits", "size", "ratio")):
         table = {k: v for k, v in table.items() if k not in ("bits", "size", "ratio")}
     return make_settings(**{**table, **{k: v for k, v in overrides.items() if v is not None}})
@@ -146,6 +150,14 @@ def _readable(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            parts.append(_unknown_key(where))
+            continue
         shown = f" (got {item['input']!r})" if item["loc"] else ""
         parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
     return "; ".join(parts)
+
+
+def _unknown_key(key: str) -> str:
+    near = difflib.get_close_matches(key, Settings.model_fields, n=2, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
