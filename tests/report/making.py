@@ -60,9 +60,9 @@ def certificate(
         "header_bytes": 100,
         "curves": record,
         "plan": plan.to_dict(),
-        "surrogate": {"surrogate_gap": 1e-7},
+        "surrogate": {"gap": 1e-7, "form": "joint", "groups": [{"name": "not shown"}]},
         "layers": layers,
-        "unit": "nats of KL per token",
+        "unit": "nats",
         "curvature": "sequence Fisher",
     }
 

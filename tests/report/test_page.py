@@ -151,6 +151,8 @@ def test_page_says_what_is_proved_and_what_not(tmp_path):
     plan = making.certificate()["plan"]
     assert "What it does not prove" in text
     assert f"below {plan['bound']:.6g}" in text
+    assert "joint" in text
+    assert "not shown" not in text
     assert "No evaluation was given" in text
     assert "convex-caldera verify out" in text
 

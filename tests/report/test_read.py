@@ -39,6 +39,20 @@ def test_certificate_numbers_are_those_of_the_file(tmp_path):
     assert by_name[making.NAMES[0]] == 0.001
 
 
+def test_prediction_is_that_of_the_chosen_option(tmp_path):
+    contents = making.files()
+    record = contents["certificate.json"]
+    for layer in record["layers"].values():
+        del layer["predicted_kl"]
+    run = read_run(making.write_run(tmp_path / "nats", contents))
+    total = sum(layer.predicted_kl for layer in run.layers)
+    assert total == pytest.approx(record["plan"]["distortion"], rel=1e-12)
+    assert run.certificate.unit == "predicted nats of KL per token"
+    record["unit"] = "relative"  # not the model's KL, so not shown as such
+    run = read_run(making.write_run(tmp_path / "relative", contents))
+    assert {layer.predicted_kl for layer in run.layers} == {None}
+
+
 MUTATIONS = {
     "no layers": ("report.json", ("layers",), {}),
     "layers a list": ("report.json", ("layers",), []),
@@ -51,6 +65,7 @@ MUTATIONS = {
     "bound text": ("certificate.json", ("plan", "bound"), "low"),
     "curves": ("certificate.json", ("curves", "groups"), []),
     "curve key": ("certificate.json", ("curves", "extra"), 1),
+    "choice": ("certificate.json", ("plan", "choice", making.NAMES[0]), "9b"),
     "statement": ("certificate.json", ("statement",), 3),
     "measured": ("certificate.json", ("layers", making.NAMES[0], "measured_kl"), [1]),
     "spectra": ("spectra.json", ("spectra", making.NAMES[0], "weight"), [1, "x"]),

@@ -5,6 +5,8 @@ The words say what the certificate proves, what it does not, and what its number
 
 from __future__ import annotations
 
+from typing import Any
+
 from convex_caldera.allocate.curves import Curves, curves_from_dict
 from convex_caldera.allocate.plan import frontier
 from convex_caldera.errors import DataError, FormatError, RecipeError
@@ -12,6 +14,10 @@ from convex_caldera.report.checked import Table
 from convex_caldera.report.run import Certificate, FrontierPoint
 
 SCHEMA = 1
+UNITS = {  # short names of units, spelled out
+    "nats": "predicted nats of KL per token",
+    "relative": "sum over layers of relative weighted squared error",
+}
 
 
 def certificate_from(table: Table) -> Certificate:
@@ -24,10 +30,11 @@ def certificate_from(table: Table) -> Certificate:
         raise table.wrong("schema", str(SCHEMA))
     plan = table.table("plan")
     curves = _curves(table)
+    unit = table.text("unit", "")
     surrogate = table.table_or_none("surrogate")
     return Certificate(
         statement=_statement(table),
-        unit=table.text("unit", ""),
+        unit=UNITS.get(unit, unit),
         curvature=table.text("curvature", ""),
         groups=len(curves.groups),
         options=sum(len(group.options) for group in curves.groups),
@@ -44,7 +51,8 @@ def certificate_from(table: Table) -> Certificate:
         plan_gap=plan.number_or_none("plan_gap"),
         proof=plan.text("proof", ""),
         milp_status=plan.text("milp_status", ""),
-        surrogate=None if surrogate is None else dict(surrogate.record),
+        surrogate=None if surrogate is None else _plain_entries(surrogate),
+        losses=_losses(curves, plan.table("choice")),
         frontier=_frontier(curves),
     )
 
@@ -54,6 +62,23 @@ def _curves(table: Table) -> Curves:
         return curves_from_dict(dict(table.table("curves").record))
     except (DataError, RecipeError) as error:
         raise FormatError(f"{table.where}: curves: {error}") from error
+
+
+def _losses(curves: Curves, choice: Table) -> dict[str, float]:
+    """Group -> loss of the option that the plan chose for it."""
+    losses = {}
+    for group in curves.groups:
+        label = choice.text(group.name)
+        try:
+            losses[group.name] = group.option(label).distortion
+        except RecipeError as error:
+            raise FormatError(f"{choice.where}: {error}") from error
+    return losses
+
+
+def _plain_entries(table: Table) -> dict[str, Any]:
+    """Numbers and words; lists and tables (the groups of the program) are for machines."""
+    return {k: v for k, v in table.record.items() if isinstance(v, int | float | str)}
 
 
 def _frontier(curves: Curves) -> tuple[FrontierPoint, ...]:

@@ -119,7 +119,7 @@ def plot_singular_value_spectra(
     spectra: Mapping[str, Sequence[float]], path: str | Path, *, title: str = "singular values"
 ) -> Path:
     """Singular values of several matrices on one logarithmic axis; name -> values."""
-    ordered = [np.sort(np.asarray(values, dtype=np.float64))[::-1] for values in spectra.values()]
+    ordered = [sorted((float(v) for v in values), reverse=True) for values in spectra.values()]
     figure = draw_spectra({title: ordered}, names=list(spectra), relative=False)
     return _saved(figure, path)
 

@@ -22,6 +22,7 @@ from convex_caldera.report.certificate import certificate_from
 from convex_caldera.report.checked import Table, read_table, read_toml
 from convex_caldera.report.names import natural_key, place_of
 from convex_caldera.report.run import (
+    Certificate,
     EvaluationFile,
     FileSizes,
     Landscape,
@@ -56,7 +57,8 @@ def read_run(directory: Path) -> Run:
     report, provenance = load("report.json"), load("provenance.json")
     manifest = read_manifest(directory)
     record = load("certificate.json") if (folder / "certificate.json").exists() else None
-    layers = _layers(report, record)
+    certificate = None if record is None else certificate_from(record)
+    layers = _layers(report, record, certificate)
     sizes, parts = _sizes(directory, manifest, layers)
     settings = provenance.table_or_none("settings")
     run = Run(
@@ -68,7 +70,7 @@ def read_run(directory: Path) -> Run:
         layers=layers,
         sizes=sizes,
         byte_parts=parts,
-        certificate=None if record is None else certificate_from(record),
+        certificate=certificate,
         settings={} if settings is None else dict(settings.record),
         recipe=read_toml(folder / "recipe.toml", f"{directory.name}/{FOLDER}/recipe.toml"),
         versions=_texts(provenance, "versions"),
@@ -134,16 +136,20 @@ def with_measurement(run: Run, table: Table) -> Run:
     return run
 
 
-def _layers(report: Table, certificate: Table | None) -> tuple[LayerRow, ...]:
+def _layers(
+    report: Table, record: Table | None, certificate: Certificate | None
+) -> tuple[LayerRow, ...]:
     layers = report.table("layers")
     if not layers.record:
         raise report.wrong("layers", "an object with at least one layer")
-    extras = None if certificate is None else certificate.table("layers")
+    extras = None if record is None else record.table("layers")
     rows = []
     for name in _ordered(layers.record):
         row = _layer(name, layers.table(name))
         if extras is not None and name in extras.record:
             row = _with_extras(row, extras.table(name))
+        if certificate is not None and certificate.in_nats and row.predicted_kl is None:
+            row = replace(row, predicted_kl=certificate.losses.get(name))
         rows.append(row)
     return tuple(rows)
 

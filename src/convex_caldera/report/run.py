@@ -66,7 +66,8 @@ class Certificate:
     """certificate.json, checked for form only; `verify` is what checks its claims.
 
     `plan_gap` is None if the bound is zero. `frontier` is the lower hull of all plans that the
-    certificate's curves allow, `options` their number per group.
+    certificate's curves allow, `options` the number of options in all, `losses` the loss of every
+    group's option.
     """
 
     statement: tuple[str, ...]
@@ -88,7 +89,13 @@ class Certificate:
     proof: str
     milp_status: str
     surrogate: dict[str, Any] | None
+    losses: dict[str, float]
     frontier: tuple[FrontierPoint, ...]
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether the losses predict the model's KL, so that both may be compared."""
+        return "nats" in self.unit
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,19 @@ def proves(c: Certificate) -> list[str]:
 
 def does_not_prove(c: Certificate) -> list[str]:
     """What a reader might take for proved and is not."""
-    estimated = f", estimated by {c.curvature}," if c.curvature else ""
+    curvature = f" ({c.curvature})" if c.curvature else ""
+    model = (
+        "that the model loses this much on other text: the losses are predicted from the "
+        f"curvature{curvature} on the calibration text, are added up over layers, and are an "
+        "expansion for small errors that is known to break below about 3 bits;"
+        if c.in_nats
+        else "that the model's own loss follows this sum: it adds up errors of layers, which need "
+        "not matter equally to the model;"
+    )
     return [
         "that an option which is not on the menus (another quantizer, another rank, fine-tuning) "
         "would not be better;",
-        f"that the model loses this much on other text: the losses{estimated} hold for the "
-        "calibration text, are added up over layers, and are an expansion for small errors "
-        "that is known to break below about 3 bits;",
+        model,
         "anything about tasks, or about the original model.",
     ]
 
@@ -89,7 +95,7 @@ def price_words(c: Certificate) -> str:
 
 def measured_words(run: Run, evaluations: Sequence[EvaluationFile]) -> list[str]:
     """The predicted loss beside the KL that was measured, one sentence per evaluation."""
-    if run.certificate is None:
+    if run.certificate is None or not run.certificate.in_nats:
         return []
     lines = []
     mine = next((e for e in entries([run], evaluations) if e.run is run), None)

@@ -34,7 +34,7 @@ WIDTH, HEIGHT = 6.2, 3.7  # inches; at this width 9 pt stay legible on a telepho
 PNG_DPI = 200
 LONGEST_LABEL = 48
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # dict of rcParams
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -180,6 +180,6 @@ def plain_colour_bar(bar: Colorbar) -> None:
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _plain(value: float, position: int | None = None) -> str:
+def _plain(value: float, position: float | None = None) -> str:
     del position
     return f"{value:.3g}"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NUMBERED_COLUMNS = 16
+MOST_RULED_COLUMNS = 48  # beyond, the white rules would take more room than the cells
 ROW_INCHES = 0.34
 MARGIN_INCHES = 1.0
 
@@ -46,7 +47,7 @@ def draw_layer_map(
             vmin=low,
             vmax=high,
             edgecolors="white",
-            linewidth=0.5,
+            linewidth=0.5 if len(columns) <= MOST_RULED_COLUMNS else 0,
         )
         axes.set_facecolor("#F2F2F2")
         axes.invert_yaxis()

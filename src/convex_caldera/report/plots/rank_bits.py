@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +75,10 @@ def _write_numbers(
 ) -> None:
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            place = {"ha": "center", "color": "white" if is_dark(value) else "black"}
+            place: dict[str, Any] = {
+                "ha": "center",
+                "color": "white" if is_dark(value) else "black",
+            }
             if stored is None:
                 axes.text(j + 0.5, i + 0.5, f"{value:.3g}", va="center", fontsize=7.5, **place)
             else:
