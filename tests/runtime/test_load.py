@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from convex_caldera.errors import FormatError
-from convex_caldera.runtime import CompressedLinear, load
+from convex_caldera.runtime import CompressedLinear
 from convex_caldera.runtime.hf import register
+from convex_caldera.runtime.load import load
 from convex_caldera.storage import export_dense, open_container
 from tests.storage.making import make_output
 
