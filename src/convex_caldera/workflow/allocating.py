@@ -15,13 +15,13 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convex_caldera.allocate.curves import Curves, Group, Option
 from convex_caldera.allocate.menu import build_menus
 from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.plan import allocate
-from convex_caldera.allocate.surrogate import Allocation, RateModel, fit_decay, solve_surrogate
+from convex_caldera.allocate.surrogate import RateModel, fit_decay, solve_surrogate
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError
 from convex_caldera.recipes.convex import (
@@ -36,12 +36,11 @@ from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.certifying import certificate_of
 from convex_caldera.workflow.curvatures import KroneckerCurvatures
 from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes, ties_of, wishes_of
 from convex_caldera.workflow.progress import Progress
+from convex_caldera.workflow.proposal import Proposal
 from convex_caldera.workflow.settings import parse_menu
-
-if TYPE_CHECKING:
-    from convex_caldera.workflow.compress import Job
 
 # Options offered around the proposed rate, in bits per weight.
 NEIGHBOURS = (-0.25, 0.0, 0.25)
@@ -90,7 +89,7 @@ class Allocator:
             plan, integer = self._decide(curves, offered)
             self._store(measured, integer, offered)
         certificate = certificate_of(
-            self.job, plan, integer, curves, proposal, self.unit, self.run, self.fitter
+            self.job, plan, integer, curves, proposal, self.unit, self.run, self.fitter, self.scale
         )
         return plan, certificate
 
@@ -310,21 +309,6 @@ class Allocator:
             if name not in done:
                 key = _key(name, choice)
                 self.run.put(name, measured.get(key), measured.record(key))
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """The convex program's data and its solution, by layer."""
-
-    models: tuple[RateModel, ...]
-    solution: Allocation
-    index: dict[str, int]
-
-    def bits(self, name: str) -> float:
-        return self.solution.bits[self.index[name]]
-
-    def factor_bits(self, name: str) -> float:
-        return self.solution.factor_bits[self.index[name]]
 
 
 def _on_grid(bits: float) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,11 +13,9 @@ from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.waterfilling import waterfilling_bits
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan
-
-if TYPE_CHECKING:
-    from convex_caldera.workflow.allocating import Proposal
-    from convex_caldera.workflow.compress import Job
+from convex_caldera.workflow.proposal import Proposal
 
 SCHEMA = 1
 UNITS = {
@@ -34,6 +33,7 @@ def certificate_of(
     unit: str,
     run: PartialRun,
     fitter: Fitter,
+    scale: Mapping[str, float],
 ) -> dict[str, Any]:
     """Plain JSON; docs/certificate.md states what each field means and how it is rechecked."""
     return {
@@ -48,7 +48,7 @@ def certificate_of(
         "curves": curves_to_dict(curves),
         "plan": integer.to_dict(),
         "surrogate": _surrogate(proposal),
-        "layers": _layers(job, integer, run, fitter),
+        "layers": _layers(job, integer, run, fitter, scale),
     }
 
 
@@ -82,7 +82,9 @@ def _surrogate(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-def _layers(job: Job, integer: IntegerPlan, run: PartialRun, fitter: Fitter) -> dict[str, Any]:
+def _layers(
+    job: Job, integer: IntegerPlan, run: PartialRun, fitter: Fitter, scale: Mapping[str, float]
+) -> dict[str, Any]:
     """Per layer: option, bits, rank, losses, and the distance from the waterfilling limit."""
 
     def work(name: str) -> dict[str, Any]:
@@ -95,6 +97,7 @@ def _layers(job: Job, integer: IntegerPlan, run: PartialRun, fitter: Fitter) -> 
             "rank": record["rank"],
             "loss": record["loss"],
             "relative_loss": record["relative_loss"],
+            "held_out_scale": scale.get(name, 1.0),
             "gap_to_waterfilling_bits": None if limit is None else record["bits"] - limit,
         }
 

@@ -17,23 +17,22 @@ from typing import Any
 
 import torch
 
-from convex_caldera.calibrate.text import fingerprint, token_windows
+from convex_caldera.calibrate.text import token_windows
 from convex_caldera.errors import InterruptedRunError, RecipeError
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.models.tokenizer import load_tokenizer
-from convex_caldera.recipes.ladder import Method
-from convex_caldera.recipes.records import canonical_json
 from convex_caldera.recipes.table import method as method_named
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.storage.read import Container
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import Allocator
-from convex_caldera.workflow.curvatures import CurvatureKind, gather
+from convex_caldera.workflow.curvatures import gather
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.planning import Budget, Plan, chosen_sites, make_budget, uniform_plan
 from convex_caldera.workflow.progress import Progress, Silent
@@ -85,34 +84,6 @@ class Summary:
         if self.whole_model_in_memory:
             lines.append("note: the original was held whole in memory")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run works on, before anything is computed."""
-
-    settings: Settings
-    method: Method
-    skeleton: Skeleton
-    source: SourceModel
-    sites: tuple[Site, ...]
-    budget: Budget
-    tokens: torch.Tensor | None
-
-    @property
-    def curvature(self) -> CurvatureKind:
-        """The method's own kind unless the user chose another."""
-        chosen = self.settings.curvature
-        return self.method.curvature if chosen == "auto" else chosen
-
-    def fingerprint(self) -> dict[str, str]:
-        """What the result depends on; a partial run with another one is refused."""
-        settings = self.settings.model_dump(exclude={"model", "dataset"})
-        return {
-            "model": self.skeleton.checkpoint.fingerprint,
-            "text": "none" if self.tokens is None else fingerprint(self.tokens),
-            "recipe": canonical_json(settings),
-        }
 
 
 def compress_to(

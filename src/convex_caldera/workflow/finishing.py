@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convex_caldera.storage.card import CardFacts
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.storage.read import Container
 from convex_caldera.storage.write import assemble, provenance_record
+from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan
 from convex_caldera.workflow.settings import Settings
-
-if TYPE_CHECKING:
-    from convex_caldera.workflow.compress import Job
 
 
 def finish(job: Job, plan: Plan, certificate: dict[str, Any] | None, run: PartialRun) -> Container:
