@@ -45,6 +45,7 @@ figure h4 { margin: 0 0 .3rem; font-size: 1rem; }
 dt { font-weight: 600; margin-top: .4rem; }
 dd { margin: 0; }
 @media (max-width: 40rem) {
+  pre { white-space: pre-wrap; }
   body { padding: .9rem .8rem 3rem; }
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
     clip-path: inset(50%); }
@@ -55,7 +56,7 @@ dd { margin: 0; }
     padding: .12rem 0; white-space: normal; }
   .cards tbody th { font-weight: 700; font-size: 1rem; }
   .cards td::before { content: attr(data-label); color: var(--soft); text-align: left; }
-  .layers tbody th { position: sticky; left: 0; background: #fff; max-width: 46vw;
+  .layers tbody th { position: sticky; left: 0; background: #fff; min-width: 44vw;
     white-space: normal; overflow-wrap: anywhere; font-size: .72rem; }
 }
 @media print {
