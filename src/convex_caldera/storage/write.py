@@ -95,6 +95,8 @@ def assemble(
         f"{FOLDER}/report.json": _json(report),
         f"{FOLDER}/provenance.json": _json(provenance),
     }
+    if certificate is not None:
+        texts[f"{FOLDER}/certificate.json"] = _json(certificate)
     files.update(_write_others(run.out, texts, sides))
     _remove_strays(run.out, files)
     write_manifest(run.out, files)
