@@ -62,7 +62,9 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
-        return {**record, **(record.pop("allocation") or {})}
+        record["num_layers"] = record.pop("layers")
+        allocation = record.pop("allocation") or {}
+        return {**record, **allocation}
 
     def text(self) -> str:
         ratio = self.original_bytes / self.file_bytes
@@ -241,6 +243,7 @@ def _allocation_summary(certificate: dict[str, Any], records: dict[str, Any]) ->
             name: {
                 "bits": records[name]["bits"],
                 "rank": entry["rank"],
+                "price": plan["price"],
                 "distortion": entry["loss"],
             }
             for name, entry in certificate["layers"].items()
