@@ -46,7 +46,7 @@ GROUP_KEYS = (
 FORM = "joint"
 # Relative to the magnitudes added up: what honest double arithmetic may lose.
 SLACK = Decimal("1e-11")
-_CONTEXT = decimal.Context(prec=60, traps=[decimal.InvalidOperation, decimal.Overflow])
+CONTEXT = decimal.Context(prec=60, traps=[decimal.InvalidOperation, decimal.Overflow])
 ZERO = Decimal(0)
 
 
@@ -77,7 +77,7 @@ def check(output: Output) -> str:
     curves = curves_of(output)
     if record["form"] != FORM:
         raise FormatError(f"surrogate: the form {short(record['form'])} is not recomputed here")
-    with decimal.localcontext(_CONTEXT):
+    with decimal.localcontext(CONTEXT):
         groups = [read_group(item) for item in listing(record["groups"], "surrogate.groups")]
         weights = {group.name: group.weights for group in groups}
         if len(weights) != len(groups) or weights != dict(curves.weights):
