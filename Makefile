@@ -71,5 +71,5 @@ install:
 	    $$python -m venv --clear $(VENV); \
 	fi; \
 	$(BIN)/python -m pip install --quiet "setuptools>=77"; \
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"; \
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev,report]"; \
 	{ $(DECIDES); } > $(STAMP)
