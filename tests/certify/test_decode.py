@@ -154,8 +154,10 @@ def test_rotation_matches_and_is_orthogonal(n):
     assert np.allclose(back @ back.T, identity, atol=1e-12)
 
 
-def test_rotation_bases_match_for_every_order_with_one():
-    for n in range(4, 1025, 4):
+# 344 = 7^3 + 1, 724 = 2 (19^2 + 1), 1060: beyond the cap
+@pytest.mark.parametrize("orders", [range(4, 240, 4), (244, 344, 500, 724, 1060)])
+def test_rotation_bases_match(orders):
+    for n in orders:
         kind, order = base_order(n)
         base = decode_hadamard.base_matrix(n)
         assert (1 if base is None else len(base)) == order, n

@@ -85,14 +85,14 @@ def test_flattering_values_are_refused(form, change):
 
 def test_altered_solutions_are_refused():
     record, tensors, weights, hessians = problem("penalty")
-    for key in ("g0.left", "g1.residual"):
+    for key in ("g1.left", "g1.residual"):
         with pytest.raises(CheckError):
             check_program(record, {**tensors, key: tensors[key] * 1.1}, weights, hessians)
     with pytest.raises(CheckError):
         check_program(record, tensors, {**weights, "g0": weights["g0"] * 0.9}, hessians)
     with pytest.raises(FormatError):
         check_program(
-            record, {**tensors, "g0.left": tensors["g0.left"] * np.nan}, weights, hessians
+            record, {**tensors, "g1.left": tensors["g1.left"] * np.nan}, weights, hessians
         )
     wrong = {**hessians, "g0": -hessians["g0"]}
     with pytest.raises(CheckError, match="semidefinite"):

@@ -22,7 +22,7 @@ models = st.builds(
     RateModel,
     name=st.just("g"),
     weights=st.integers(1, 50),
-    alpha=st.floats(0, 3),
+    alpha=st.just(0.0) | st.floats(1e-3, 3),
     scale=positive,
     decay=positive,
     bits=st.tuples(st.floats(0, 2), st.floats(2, 6)),
