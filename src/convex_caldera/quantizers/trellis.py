@@ -39,6 +39,7 @@ from convex_caldera.quantizers.trellis_codes import (
     BYTE_SUM_CODES,
     Code,
     CodeName,
+    best_spread,
     designed_multiplier,
 )
 from convex_caldera.quantizers.trellis_stream import RATE_UNIT, TILE, Tiling
@@ -70,8 +71,8 @@ class Trellis:
     kind: ClassVar[str] = "trellis"
 
     bits: float = 2.0
-    state_bits: int = 12
-    code: CodeName = "mul1"
+    state_bits: int = 14
+    code: CodeName = "weyl"
     chain: int = 0
     encoder: Literal["viterbi", "beam"] = "viterbi"
     survivors: int = 4096
@@ -120,10 +121,8 @@ class Trellis:
             weights = importance.double() / importance.double().mean()
             power = power * weights
         rms = power.mean().sqrt()
-        # an ideal code's levels have the variance 1 - D of the backward test channel
-        spread = math.sqrt(1 - 4.0**-self.bits)
         sigma = Code(self.code, self.state_bits).sigma
-        scale = (gain * spread * rms / sigma).float().reshape(1)
+        scale = (gain * best_spread(self.bits) * rms / sigma).float().reshape(1)
         rows = multiplier = None
         if self.row_scales:
             ratio = power.mean(dim=1).sqrt() / rms if rms > 0 else torch.ones(W.shape[0])
