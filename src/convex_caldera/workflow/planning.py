@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
@@ -57,10 +58,20 @@ _TELLING = {
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that the compressed shards may take, and how the user put it."""
+    """Bytes that the compressed shards may take, and how the user put it.
+
+    `kept_bytes` are those of the other weight files, for a budget that counts them too.
+    """
 
     compressed_bytes: int
     wording: str
+    kept_bytes: int | None = None
+
+    def wish_for(self, compressed_bytes: int, weights: int) -> str:
+        """The option that allows so many bytes of compressed shards."""
+        if self.kept_bytes is not None:
+            return f"--size {compressed_bytes + self.kept_bytes}"
+        return f"--bits {math.ceil(80_000 * compressed_bytes / weights) / 10_000:g}"
 
 
 @dataclass(frozen=True)
@@ -112,24 +123,18 @@ def make_budget(settings: Settings, weights: int, rest_bytes: int, original_byte
         rest_bytes: file bytes of everything that is kept as it is.
         original_bytes: weight-file bytes of the original model.
 
-    Raises:
-        InfeasibleBudgetError: a byte budget that what is kept alone exceeds.
+    It is below zero where a byte budget is less than what is kept takes.
     """
     if settings.size is None and settings.ratio is None:
-        bits = settings.bits_or_default
-        return Budget(int(bits * weights / 8), f"{bits:g} bits per compressed weight")
+        bits = settings.bits_or_default  # as it was typed: 2.2 is 22/10, not the double nearby
+        exact = Fraction(repr(bits)) * weights / 8
+        return Budget(math.floor(exact), f"{bits:g} bits per compressed weight")
     if settings.size is not None:
         total, wording = parse_size(settings.size), f"{settings.size} of weight files"
     else:
         ratio = settings.ratio or ""
         total, wording = int(original_bytes / parse_ratio(ratio)), f"{ratio} smaller weight files"
-    if total <= rest_bytes:
-        raise InfeasibleBudgetError(
-            f"{wording} is {total} bytes, but the tensors that are not compressed take "
-            f"{rest_bytes}; ask for more, or compress more layers",
-            least_bits=8 * rest_bytes,
-        )
-    return Budget(total - rest_bytes, wording)
+    return Budget(total - rest_bytes, wording, rest_bytes)
 
 
 def wishes_of(settings: Settings, name: str) -> Wishes:
@@ -222,7 +227,8 @@ def uniform_plan(
     def measure(choice: Mapping[str, int]) -> int:
         return planned_bytes(recipes(choice), shapes)
 
-    with _naming_the_pins(settings, budget):
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    with _saying_what_is_feasible(settings, budget, weights):
         choice = fill_uniformly(rungs, budget.compressed_bytes, measure)
     return Plan(recipes(choice), shapes, measure(choice), budget)
 
@@ -253,11 +259,17 @@ def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recip
 
 
 @contextmanager
-def _naming_the_pins(settings: Settings, budget: Budget) -> Iterator[None]:
-    """Adds to an infeasible budget what the user asked for and which pins weigh on it."""
+def _saying_what_is_feasible(settings: Settings, budget: Budget, weights: int) -> Iterator[None]:
+    """Puts an infeasible budget in the user's terms: what to ask for, which pins weigh on it."""
     try:
         yield
     except InfeasibleBudgetError as error:
+        least = (error.least_bits or 0) // 8
+        kept = f", beside {budget.kept_bytes} of what is kept" if budget.kept_bytes else ""
         pins = f"; pins: {', '.join(settings.pin)}" if settings.pin else ""
-        message = f"{budget.wording}: {error}{pins}"
+        message = (
+            f"{budget.wording} leave {max(budget.compressed_bytes, 0)} bytes to the compressed "
+            f"layers, which is below the least feasible {least}{kept}; "
+            f"ask for {budget.wish_for(least, weights)}{pins}"
+        )
         raise InfeasibleBudgetError(message, error.least_bits) from error
