@@ -48,7 +48,7 @@ LAYER_KEYS = (
 # Methods whose outputs make a plan, so that one without its certificate is not accepted.
 PLANNED = ("convex-caldera",)
 UNITS = ("nats", "relative")
-CURVATURES = ("input", "kronecker")
+CURVATURES = ("none", "input", "kronecker")
 
 
 def certificate_of(output: Output) -> Mapping[str, Any]:
@@ -66,6 +66,16 @@ def certificate_of(output: Output) -> Mapping[str, Any]:
         unit, curvature = certificate["unit"], certificate["curvature"]
         raise FormatError(f"certificate: unit {short(unit)}, curvature {short(curvature)}")
     return certificate
+
+
+def curvature_of(output: Output) -> str:
+    """Under which curvature the report's losses are; "none" is H = I, "input" the default."""
+    curvature: str = output.report.get("curvature", "input")
+    if curvature not in CURVATURES:
+        raise FormatError(f"report: curvature {short(curvature)}")
+    if output.certificate is not None and certificate_of(output)["curvature"] != curvature:
+        raise CheckError("the certificate and the report name different curvatures")
+    return curvature
 
 
 def check_report(output: Output) -> str:
@@ -89,6 +99,7 @@ def check_report(output: Output) -> str:
         weights = layer.spec.shape[0] * layer.spec.shape[1]
         if record.get("bits") != 8 * layer.payload_bytes / weights:
             raise CheckError(f"{short(name)}: bits {short(record.get('bits'))} are not its bytes")
+    curvature_of(output)
     ranks = sorted({layer.spec.rank for layer in output.layers.values()})
     return f"{len(records)} layers, ranks {ranks[0]} to {ranks[-1]}"
 

@@ -4,8 +4,13 @@
                                "blocks": {"0": {"file", "sha256", "inputs": {site: tokens}}}}
     block-00000.safetensors   <site>.packed: lower triangle of H, row by row, float32
 
-A folder is told by its index file, `READERS`; one with both sides of a Kronecker curvature is
-another entry of that table, and gives O beside H.
+A Kronecker curvature has two sides for every layer:
+
+    curvature.json            {"schema": 1, "provenance": {...}, "files": {file: sha256},
+                               "layers": {layer: file}}
+    <file>                    <layer>.input, <layer>.output: lower triangles of H and O, float64
+
+A folder is told by its index file, `READERS`.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from convex_caldera.errors import FormatError
 
 Floats = NDArray[np.float64]
 INDEX = "calibration.json"
+CURVATURE = "curvature.json"
 SCHEMA = 1
 PROVENANCE = ("model", "tokens", "dtype", "store", "propagate", "recipe")
 
@@ -82,15 +88,47 @@ def _read_inputs(directory: Path) -> Statistics:
     for key, entry in blocks.items():
         where = f"{INDEX}: block {short(key)}"
         table(entry, ("file", "sha256", "inputs"), where)
-        file = string(entry["file"], where)
-        if not is_plain(file) or "/" in file or not (directory / file).is_file():
-            raise FormatError(f"{where}: {short(file)} is not a file of this folder")
-        if sha256(directory / file) != entry["sha256"]:
-            raise FormatError(f"{where}: {file} is not what was written (SHA-256 differs)")
         if not isinstance(entry["inputs"], dict):
             raise FormatError(f"{where}: inputs must be an object")
-        shards.update(dict.fromkeys(entry["inputs"], read_shard(directory / file)))
+        shard = _hashed_shard(directory, entry["file"], entry["sha256"], where)
+        shards.update(dict.fromkeys(entry["inputs"], shard))
     return Statistics("input", provenance, _Inputs(shards))
+
+
+def _read_kronecker(directory: Path) -> Statistics:
+    index = table(
+        read_table(directory / CURVATURE, CURVATURE),
+        ("schema", "provenance", "files", "layers"),
+        CURVATURE,
+    )
+    if index["schema"] != SCHEMA:
+        raise FormatError(f"{CURVATURE}: schema {short(index['schema'])}, not {SCHEMA}")
+    provenance, files, layers = index["provenance"], index["files"], index["layers"]
+    if not all(isinstance(part, dict) for part in (provenance, files, layers)):
+        raise FormatError(f"{CURVATURE}: provenance, files and layers must be objects")
+    string(provenance.get("model"), f"{CURVATURE}: provenance.model")
+    shards = {name: _hashed_shard(directory, name, files[name], CURVATURE) for name in files}
+
+    def sides(layer: str, site: str) -> Sides:
+        file = layers.get(layer)
+        if not isinstance(file, str) or file not in shards:
+            raise FormatError(f"the curvature has no layer {short(layer)}")
+        H, O = (
+            unpack_symmetric(shards[file].array(f"{layer}.{side}").astype(np.float64), layer)
+            for side in ("input", "output")
+        )
+        return Sides(H, O)
+
+    return Statistics("kronecker", provenance, sides)
+
+
+def _hashed_shard(directory: Path, file: Any, digest: Any, where: str) -> Shard:
+    name = string(file, where)
+    if not is_plain(name) or "/" in name or not (directory / name).is_file():
+        raise FormatError(f"{where}: {short(name)} is not a file of this folder")
+    if sha256(directory / name) != digest:
+        raise FormatError(f"{where}: {short(name)} is not what was written (SHA-256 differs)")
+    return read_shard(directory / name)
 
 
 def unpack_symmetric(packed: Floats, name: str) -> Floats:
@@ -103,4 +141,7 @@ def unpack_symmetric(packed: Floats, name: str) -> Floats:
     return matrix + np.tril(matrix, -1).T
 
 
-READERS: dict[str, Callable[[Path], Statistics]] = {INDEX: _read_inputs}
+READERS: dict[str, Callable[[Path], Statistics]] = {
+    INDEX: _read_inputs,
+    CURVATURE: _read_kronecker,
+}

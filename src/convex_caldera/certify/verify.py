@@ -18,9 +18,9 @@ from convex_caldera.certify import plan_claims, surrogate
 from convex_caldera.certify.claims import Claim, Verification
 from convex_caldera.certify.decode_layer import decode
 from convex_caldera.certify.losses import check_loss, recompute
-from convex_caldera.certify.reader import Output, check_manifest, read_output
+from convex_caldera.certify.reader import Layer, Output, check_manifest, read_output
 from convex_caldera.certify.source import Source, check_rest, check_source, read_source
-from convex_caldera.certify.statistics import Statistics, read_statistics
+from convex_caldera.certify.statistics import Sides, Statistics, read_statistics
 from convex_caldera.errors import CheckError, ConvexCalderaError, RecipeError
 
 Check = tuple[str, Callable[[], str]]
@@ -97,7 +97,8 @@ def _checks(directory: Path, model: Path | None, hessians: Path | None) -> Itera
     yield "stored bytes are within the budget", lambda: plan_claims.check_bytes(output)
     if output.certificate is not None:
         yield from _certificate_checks(output)
-    if model is None or hessians is None:
+    weighted = hessians is not None or plan_claims.curvature_of(output) == "none"
+    if model is None or not weighted:
         yield "every layer decodes to finite weights", lambda: _decodes(output)
     if model is not None:
         yield from _model_checks(output, model, hessians)
@@ -120,19 +121,27 @@ def _model_checks(output: Output, model: Path, hessians: Path | None) -> Iterato
 
     yield "the model is the one that was compressed", open_source
     yield "other tensors are the model's own", lambda: check_rest(output, sources[0])
-    if hessians is None:
+    if plan_claims.curvature_of(output) == "none":
+        statistics = [Statistics("none", {}, lambda layer, _: identity(output.layers[layer]))]
+    elif hessians is None:
         return
-    statistics: list[Statistics] = []
+    else:
+        statistics = []
 
-    def open_statistics() -> str:
-        statistics.append(read_statistics(hessians))
-        return _check_statistics(output, sources[0], statistics[0])
+        def open_statistics() -> str:
+            statistics.append(read_statistics(hessians))
+            return _check_statistics(output, sources[0], statistics[0])
 
-    yield "the statistics are those of this model", open_statistics
+        yield "the statistics are those of this model", open_statistics
     yield (
         "every layer has the weighted error that it claims",
         lambda: _losses(output, sources[0], statistics[0]),
     )
+
+
+def identity(layer: Layer) -> Sides:
+    """H = I: the plain squared error, of methods that see no data."""
+    return Sides(np.eye(layer.spec.shape[1]))
 
 
 def _decodes(output: Output) -> str:
@@ -142,10 +151,9 @@ def _decodes(output: Output) -> str:
 def _check_statistics(output: Output, source: Source, statistics: Statistics) -> str:
     if statistics.provenance["model"] != source.fingerprint():
         raise CheckError("the statistics were collected on another model")
-    if output.certificate is not None:
-        curvature = plan_claims.certificate_of(output)["curvature"]
-        if curvature != statistics.kind:
-            raise CheckError(f"losses are under {curvature} curvature, not {statistics.kind}")
+    curvature = plan_claims.curvature_of(output)
+    if curvature != statistics.kind:
+        raise CheckError(f"losses are under {curvature} curvature, not {statistics.kind}")
     return f"{statistics.kind} curvature"
 
 
