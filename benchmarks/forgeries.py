@@ -254,6 +254,14 @@ def lower_loss(f: Forger) -> None:
     f.certificate["curves"]["ties"] = []
 
 
+def nearer_the_limit(f: Forger) -> None:
+    """A layer said to be closer to the waterfilling limit."""
+    record = f.certificate["layers"][f.layer()]
+    record["gap_to_waterfilling_bits"] = (
+        record["gap_to_waterfilling_bits"] or 0.0
+    ) - 10 * f.share()
+
+
 def no_certificate(f: Forger) -> None:
     """What cannot be met is left out."""
     (f.output / FOLDER / "certificate.json").unlink()
@@ -371,6 +379,7 @@ DATA: tuple[Callable[[Forger], None], ...] = (
     stale_model,
     altered_rest,
     lower_loss,
+    nearer_the_limit,
 )
 
 

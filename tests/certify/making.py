@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from convex_caldera.allocate import allocate
 from convex_caldera.allocate.curves import Curves, Group, Option, curves_to_dict
 from convex_caldera.allocate.surrogate import RateModel, solve_surrogate
+from convex_caldera.allocate.waterfilling import waterfilling_bits
 from convex_caldera.calibrate.saved import Provenance, save_statistics
 from convex_caldera.calibrate.statistics import InputStatistics, pack_symmetric
 from convex_caldera.core.hessian import Hessian
@@ -125,7 +126,7 @@ def make(folder: Path, seed: int = 0, blocks: int = 2, tied: bool = True) -> Mad
     plan = allocate(curves, budget_bits)
     chosen = {name: options[name][label] for name, label in plan.choice.items()}
     records = {name: record(problems[name], layer, sites[name]) for name, layer in chosen.items()}
-    store(made, source, chosen, records, curves, plan, budget_bits)
+    store(made, source, chosen, problems, records, curves, plan, budget_bits)
     return made
 
 
@@ -187,8 +188,23 @@ def surrogate(curves: Curves, budget_bits: int) -> dict[str, Any]:
     }
 
 
+def distance(problem: Problem, record: dict[str, Any]) -> float | None:
+    """Bits above the waterfilling limit, as a compression reports them."""
+    h = torch.linalg.eigvalsh(problem.hessian.matrix).numpy()
+    variance = float(problem.W.double().square().mean())
+    limit = waterfilling_bits(variance, None, h, tuple(problem.W.shape), record["loss"])
+    return None if limit == float("inf") else record["bits"] - limit
+
+
 def store(
-    made: Made, source: SourceModel, chosen: Any, records: Any, curves: Curves, plan: Any, bits: int
+    made: Made,
+    source: SourceModel,
+    chosen: Any,
+    problems: Any,
+    records: Any,
+    curves: Curves,
+    plan: Any,
+    bits: int,
 ) -> None:
     """Write the output; only now are headers known, and the budget is they and the bits."""
     run = PartialRun(made.output, {"model": "m"})
@@ -211,7 +227,7 @@ def store(
             "label": plan.choice[name],
             **{key: records[name][key] for key in ("bits", "rank", "loss", "relative_loss")},
             "held_out_scale": SCALE,
-            "gap_to_waterfilling_bits": None,
+            "gap_to_waterfilling_bits": distance(problems[name], records[name]),
         }
         for name in chosen
     }

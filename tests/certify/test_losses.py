@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from convex_caldera.allocate.waterfilling import waterfilling_bits
 from convex_caldera.certify import verify
 from convex_caldera.certify.decode_layer import decode
 from convex_caldera.certify.losses import check_loss, recompute
 from convex_caldera.certify.reader import read_output
 from convex_caldera.certify.source import read_source
 from convex_caldera.certify.statistics import Sides, read_statistics, unpack_symmetric
+from convex_caldera.certify.waterfilling import least_bits
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
 from convex_caldera.errors import CheckError, FormatError
@@ -94,3 +96,15 @@ def test_packed_triangles_must_be_whole_and_finite():
     for wrong in (np.ones(4), np.array([1.0, np.nan, 1.0])):
         with pytest.raises(FormatError):
             unpack_symmetric(wrong, "H")
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("share", [0.0, 1e-6, 1e-3, 0.3, 0.99, 1.5])
+def test_waterfilling_rate_agrees_with_the_library(two_sided, share):
+    W = np.random.default_rng(0).standard_normal((6, 9))
+    H, O = positive(9, 1), positive(6, 2) if two_sided else None
+    h, o = np.linalg.eigvalsh(H), None if O is None else np.linalg.eigvalsh(O)
+    variance = float(np.square(W).mean())
+    loss = share * variance * h.sum() * (6 if o is None else o.sum())
+    expected = waterfilling_bits(variance, o, h, (6, 9), loss)
+    assert least_bits(W, Sides(H, O), loss) == pytest.approx(expected, rel=1e-9, abs=1e-12)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ class Sides:
 
     H: Floats
     O: Floats | None = None
+
+    @cached_property
+    def eigenvalues(self) -> tuple[Floats, Floats | None]:
+        """Of H and of O, those below zero by rounding set to zero; one n^3 each."""
+        h = np.linalg.eigvalsh(self.H).clip(min=0.0)
+        return h, None if self.O is None else np.linalg.eigvalsh(self.O).clip(min=0.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from convex_caldera.certify.losses import check_loss, recompute
 from convex_caldera.certify.reader import Layer, Output, check_manifest, read_output
 from convex_caldera.certify.source import Source, check_rest, check_source, read_source
 from convex_caldera.certify.statistics import Sides, Statistics, read_statistics
+from convex_caldera.certify.waterfilling import check_distance
 from convex_caldera.errors import CheckError, ConvexCalderaError, RecipeError
 
 Check = tuple[str, Callable[[], str]]
@@ -162,8 +163,12 @@ def _losses(output: Output, source: Source, statistics: Statistics) -> str:
     for name, layer in sorted(output.layers.items()):
         record = output.report["layers"][name]
         sides = statistics.sides(name, record["input_site"])
-        found = recompute(layer, source.weight(f"{name}.weight"), sides)
+        W = source.weight(f"{name}.weight")
+        found = recompute(layer, W, sides)
         check_loss(name, found, record)
+        if output.certificate is not None:
+            gap = output.certificate["layers"][name]["gap_to_waterfilling_bits"]
+            check_distance(name, W, sides, record["bits"], record["loss"], gap)
         total += found.loss
         if found.loss > 0:
             worst = max(worst, found.tolerance / found.loss)
