@@ -134,9 +134,7 @@ def test_an_indefinite_hessian_is_refused_by_name():
     matrix[0, 1] = matrix[1, 0] = 5.0
     problem = Problem(gaussian(4, 16).float(), Hessian(matrix, name="site"), "layer")
     with pytest.raises(NumericalError, match=r"(?s)site.*damping"):
-        fit_layer(
-            problem, Recipe((Quantize(Uniform(2, 8), "full"),)), seed=0, layer="a", site="a"
-        )
+        fit_layer(problem, Recipe((Quantize(Uniform(2, 8), "full"),)), seed=0, layer="a", site="a")
 
 
 def test_bad_input_is_named():

@@ -228,7 +228,7 @@ def test_tail_biting_path_is_closed_and_near_the_best(
 
 def best_open_loss(x: np.ndarray, K: int, levels: np.ndarray) -> float:
     """Least squared error from state 0 with a free end: plain dynamic programming."""
-    L, count = int(np.log2(len(levels))), len(levels)
+    count = len(levels)
     cost = np.full(count, np.inf)
     cost[0] = 0.0
     for target in x:

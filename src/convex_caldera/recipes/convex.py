@@ -29,7 +29,9 @@ def trellis_recipe(bits: float) -> Recipe:
 
     Source: Tseng et al., QTIP, arXiv 2406.11235.
     """
-    return Recipe((Quantize(Trellis(bits, STATE_BITS), "full"),), transforms=(RandomizedHadamard(),))
+    return Recipe(
+        (Quantize(Trellis(bits, STATE_BITS), "full"),), transforms=(RandomizedHadamard(),)
+    )
 
 
 def convex_caldera_recipe(bits: float, rank: int = 0, factor_bits: int = 4) -> Recipe:
