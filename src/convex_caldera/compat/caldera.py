@@ -16,7 +16,7 @@ from convex_caldera.compat.caldera_params import CalderaParams
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
 from convex_caldera.core.protocols import Quantizer
-from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe, Step
+from convex_caldera.core.recipe import FactorCoding, FitLowRank, Metric, Quantize, Recipe, Step
 from convex_caldera.core.terms import Coded, CompressedLayer, LowRank
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.backfit import Fit, fit_layer
@@ -122,7 +122,7 @@ def _low_rank(params: CalderaParams, shape: tuple[int, ...]) -> FitLowRank:
             f"L_bits and R_bits must be equal, got {params.L_bits} and {params.R_bits}"
         )
     coding = None if dense else FactorCoding(_factor_quantizer(params), max(params.lplr_iters, 1))
-    metric = "full" if params.activation_aware_LR else "identity"
+    metric: Metric = "full" if params.activation_aware_LR else "identity"
     return FitLowRank(min(params.rank, *shape), metric, coding)
 
 
