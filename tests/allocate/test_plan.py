@@ -119,7 +119,7 @@ def test_plan_of_many_equal_groups_is_proved():
 
 
 def test_plan_with_a_core_too_large_asks_highs(monkeypatch):
-    monkeypatch.setattr(core_search, "MOST_STATES", 50)
+    monkeypatch.setattr(core_search, "MOST_STATES", 3)
     curves = random_curves(30, 12, 2, noise=0.3)
     budget = int(2.5 * curves.weights)
     plan = allocate(curves, budget)
@@ -141,7 +141,7 @@ def test_plan_without_milp_has_a_small_honest_gap():
 
 
 def test_plan_running_out_of_time_says_so(monkeypatch):
-    monkeypatch.setattr(core_search, "MOST_STATES", 50)
+    monkeypatch.setattr(core_search, "MOST_STATES", 3)
     curves = random_curves(60, 12, 5)
     plan = allocate(curves, int(3 * curves.weights), time_limit=0.0)
     assert not plan.optimal

@@ -20,7 +20,7 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
-from convex_caldera.allocate.core_search import Searched, search_core
+from convex_caldera.allocate.core_search import Searched, prepare_search
 from convex_caldera.allocate.curves import Curves
 from convex_caldera.allocate.frontier import Frontier, build_frontier, choice_of
 from convex_caldera.allocate.integer import Integer, solve_core
@@ -141,17 +141,18 @@ def frontier(curves: Curves, *, pins: Mapping[str, str] | None = None) -> Fronti
 def _solve(front: Frontier, budget: int, weights: int, exact: bool, seconds: float) -> Plan:
     menus, price = front.menus, front.best_price(budget)
     bound = menus.bound(price, budget)
-    picks = front.picks(front.last_within(budget))
-    gap = menus.distortion(picks) - bound
     core = build_core(menus, price)
-    if gap > 0:
-        picks = repair(menus, picks, budget, core.below(float(gap)))
+    picks = front.picks(front.last_within(budget))
+    gap = float(menus.distortion(picks) - bound)
+    picks = repair(menus, picks, budget, core.below(gap))
+    search = prepare_search(menus, core, price, budget, menus.distortion(picks))
+    picks = search.repair(picks)
     before = menus.distortion(picks)
     searched, asked = Searched(None, None), Integer(None, NOT_NEEDED, None, False)
     if before > bound:
         asked = Integer(None, NOT_EXACT, None, False)
     if before > bound and exact:
-        searched = search_core(menus, core, price, budget, before)
+        searched = search.best_below(before)
         asked = Integer(None, NOT_ASKED, None, False)
         if searched.bound is None:
             left = float(before - bound)

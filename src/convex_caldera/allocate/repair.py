@@ -40,14 +40,15 @@ class Core:
 
     def below(self, gap: float) -> Core:
         """The options of reduced cost at most `gap`."""
-        return self._take(self.cost <= gap * (1 + ROUNDING_SLACK))
+        return self.take(self.cost <= gap * (1 + ROUNDING_SLACK))
 
     def undecided(self) -> Core:
         """Only the menus with more than one option left."""
         counts = np.bincount(self.owner)
-        return self._take(counts[self.owner] > 1)
+        return self.take(counts[self.owner] > 1)
 
-    def _take(self, keep: NDArray[np.bool_]) -> Core:
+    def take(self, keep: NDArray[np.bool_] | Ints) -> Core:
+        """The options marked, or listed."""
         return Core(self.owner[keep], self.index[keep], self.bits[keep], self.cost[keep])
 
 

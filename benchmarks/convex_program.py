@@ -1,0 +1,250 @@
+"""The convex program against cone solvers, and how it scales.
+
+    python benchmarks/convex_program.py random --count 200     agreement with cvxpy + Clarabel
+    python benchmarks/convex_program.py peers                  time and gap at 16, 32, 64, 96
+    python benchmarks/convex_program.py scale --sizes 1024     cost in full SVDs, peak memory
+
+Each writes benchmarks/results/convex_program_<name>.json and prints its table. Times are CPU
+seconds of this process, so that they mean the same on a busy machine; set OMP_NUM_THREADS=1 for
+figures that add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convex_caldera.allocate.program import ProgramSolution, solve_program
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.oracles.convex_program import Instance, random_instance, solve_by_cone
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PRICE_FLOOR = 1e-6  # below this the budget is slack and the bits are not unique
+
+
+def solve(instance: Instance, tol: float) -> tuple[ProgramSolution, float]:
+    """Our solution and its CPU seconds."""
+    W = [torch.from_numpy(w) for w in instance.W]
+    H = [torch.from_numpy(h) for h in instance.H]
+    start = time.process_time()
+    found = solve_program(W, H, **instance.constants(), tol=tol)
+    return found, time.process_time() - start
+
+
+def violation(instance: Instance, found: ProgramSolution) -> float:
+    """The largest relative violation of any constraint of the primal and dual points."""
+    used = float(np.dot(instance.p, found.bits))
+    worst = [used / instance.budget - 1.0, -found.price]
+    for g, (W, H) in enumerate(zip(instance.W, instance.H, strict=True)):
+        b, s = found.bits[g], found.multipliers[g]
+        left, right = (factor.numpy() for factor in found.low_rank[g])
+        E = found.duals[g].apply(torch.from_numpy(W - left @ right) - found.residual[g]).numpy()
+        norm = float(np.linalg.norm(E @ H, 2))
+        most = instance.lam[g] / instance.kappa[g]
+        worst += [instance.b_min[g] - b, b - instance.b_max[g], -s, s / most - 1.0]
+        if instance.mu is not None:
+            worst.append(norm / float(instance.mu[g]) - 1.0)
+        if instance.tau is not None:
+            nuclear = float(np.linalg.norm(left @ right, "nuc"))
+            worst.append(nuclear / float(instance.tau[g]) - 1.0)
+    return max(worst)
+
+
+def cone_solution(instance: Instance) -> dict[str, Any] | None:
+    """Clarabel at tight, then at its usual tolerances; None if it gives up at both."""
+    import cvxpy as cp
+
+    for options in ({}, {"tol_gap_rel": 1e-8}):
+        try:
+            return solve_by_cone(instance, "CLARABEL", **options)
+        except cp.SolverError:
+            continue
+    return None
+
+
+def run_random(count: int, most: int) -> dict[str, Any]:
+    """Agreement on `count` random instances, half of them in each form."""
+    rows, failed = [], []
+    for seed in range(count):
+        form = ("penalty", "constrained")[seed % 2]
+        instance = random_instance(1000 + seed, form, most=most)
+        found, seconds = solve(instance, 1e-9)
+        start = time.process_time()
+        oracle = cone_solution(instance)
+        if oracle is None:
+            failed.append(1000 + seed)
+            continue
+        objective = abs(found.primal / oracle["objective"] - 1.0)
+        price = abs(found.price - oracle["price"]) / max(found.price, PRICE_FLOOR)
+        bits = float(np.abs(np.array(found.bits) - oracle["bits"]).max())
+        rows.append(
+            {
+                "seed": 1000 + seed,
+                "form": form,
+                "groups": len(instance.W),
+                "active": found.price > PRICE_FLOOR,
+                "gap": found.gap,
+                "steps": found.steps,
+                "seconds": seconds,
+                "oracle_seconds": time.process_time() - start,
+                "oracle_status": oracle["status"],
+                "oracle_above_our_dual": oracle["objective"] / found.dual - 1.0,
+                "objective_error": objective,
+                "price_error": price,
+                "bits_error": bits if found.price > PRICE_FLOOR else None,
+                "violation": violation(instance, found),
+            }
+        )
+        if seed % 20 == 19:
+            print(f"{seed + 1} instances", flush=True)
+    bits_errors = [row["bits_error"] for row in rows if row["bits_error"] is not None]
+    summary = {
+        "instances": len(rows),
+        "oracle_failed": failed,
+        "active_budgets": sum(row["active"] for row in rows),
+        "largest_objective_error": max(row["objective_error"] for row in rows),
+        "largest_price_error": max(row["price_error"] for row in rows),
+        "largest_bits_error": max(bits_errors, default=0.0),
+        "largest_violation": max(row["violation"] for row in rows),
+        "largest_gap": max(row["gap"] for row in rows),
+        "oracle_not_optimal": sum(row["oracle_status"] != "optimal" for row in rows),
+        "median_seconds": float(np.median([row["seconds"] for row in rows])),
+        "median_oracle_seconds": float(np.median([row["oracle_seconds"] for row in rows])),
+    }
+    return {"summary": summary, "rows": rows}
+
+
+def square_instance(size: int, seed: int = 0) -> Instance:
+    """One group: a few strong directions in noise, inputs of condition 10^4, an active budget."""
+    rng = np.random.default_rng(seed)
+    rank = max(2, size // 32)
+    W = rng.normal(size=(size, size)) / math.sqrt(size)
+    W += 3 * rng.normal(size=(size, rank)) @ rng.normal(size=(rank, size)) / size
+    Q = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    h = np.exp(-np.linspace(0, math.log(1e4), size))
+    h = h / h.mean() + 0.01
+    H = (Q * h) @ Q.T
+    energy = float(np.sum(W * W))
+    ones = np.ones(1)
+    return Instance(
+        [W],
+        [H],
+        lam=0.5 * energy * ones,
+        kappa=0.1 * energy * ones,
+        c=4.0 * ones,
+        k=2 * math.log(2) * ones,
+        p=float(size * size) * ones,
+        b_min=ones,
+        b_max=8.0 * ones,
+        budget=2.2 * size * size,
+        mu=0.2 * np.linalg.norm(W @ H, 2) * ones,
+    )
+
+
+def run_peers(sizes: list[int], limit: float) -> dict[str, Any]:
+    """Time and distance from the certified optimum of three solvers."""
+    rows = []
+    for size in sizes:
+        instance = square_instance(size)
+        solve(instance, 1e-6)  # compiled and warm
+        found, seconds = solve(instance, 1e-8)
+        rows.append(
+            {"size": size, "solver": "convex-caldera", "seconds": seconds, "gap": found.gap}
+        )
+        for solver, options in (
+            ("CLARABEL", {"time_limit": limit}),
+            ("SCS", {"eps": 1e-6, "time_limit_secs": limit, "max_iters": 10**6}),
+        ):
+            start = time.process_time()
+            try:
+                oracle = solve_by_cone(instance, solver, **options)
+                value, status = oracle["objective"], oracle["status"]
+            except Exception as error:  # the peer's own failure is a result
+                value, status = math.nan, f"{type(error).__name__}: {error}"[:80]
+            gap = abs(value / found.primal - 1.0)
+            rows.append(
+                {
+                    "size": size,
+                    "solver": f"cvxpy + {solver}",
+                    "seconds": time.process_time() - start,
+                    "gap": gap if math.isfinite(gap) else None,
+                    "status": status,
+                }
+            )
+            print(rows[-1], flush=True)
+    return {"limit_seconds": limit, "rows": rows}
+
+
+def run_scale(sizes: list[int], tol: float) -> dict[str, Any]:
+    """CPU time in units of a full SVD of the same matrix, and peak memory."""
+    solve(square_instance(16), 1e-6)  # compile before measuring
+    rows = []
+    for size in sizes:
+        instance = square_instance(size)
+        found, seconds = solve(instance, tol)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        W = torch.from_numpy(instance.W[0])
+        start = time.process_time()
+        torch.linalg.svd(W, full_matrices=False)
+        svd = time.process_time() - start
+        rows.append(
+            {
+                "size": size,
+                "seconds": seconds,
+                "svd_seconds": svd,
+                "svds": seconds / svd,
+                "gap": found.gap,
+                "rank": found.ranks[0],
+                "steps": found.steps,
+                "price": found.price,
+                "peak_gib": peak,
+            }
+        )
+        print(rows[-1], flush=True)
+    return {"tol": tol, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="name", required=True)
+    random = commands.add_parser("random")
+    random.add_argument("--count", type=int, default=200)
+    random.add_argument("--most", type=int, default=24)
+    peers = commands.add_parser("peers")
+    peers.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 96])
+    peers.add_argument("--limit", type=float, default=300.0, help="seconds per peer and size")
+    scale = commands.add_parser("scale")
+    scale.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    scale.add_argument("--tol", type=float, default=1e-6)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.name == "random":
+        result = run_random(options.count, options.most)
+        shown: Any = result["summary"]
+    elif options.name == "peers":
+        result = run_peers(options.sizes, options.limit)
+        shown = result["rows"]
+    else:
+        result = run_scale(options.sizes, options.tol)
+        shown = result["rows"]
+    machine = {"threads": torch.get_num_threads(), "python": platform.python_version()}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"convex_program_{options.name}.json"
+    path.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
+    print(json.dumps(shown, indent=1))
+
+
+if __name__ == "__main__":
+    main()
