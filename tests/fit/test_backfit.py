@@ -10,6 +10,7 @@ from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.fit.backfit import damp, downdated, fit_layer
 from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.uniform import Uniform
+from convex_caldera.recipes.lattice import caldera_recipe
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 from tests.problems import acceptance_case, correlated_hessian, gaussian
 
@@ -52,6 +53,14 @@ def test_caldera_matches_the_golden_errors(factors, downdate, expected):
 def test_balanced_factors_with_feedback_beat_plain_rounding():
     steps = (FitLowRank(16, "full", FactorCoding(E8P(4))), Quantize(E8P(2), "full", 3, True))
     assert error_of(Recipe(steps, sweeps=6)) < 0.98 * 0.1713
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_downdate_is_on_where_it_pays(bits):
+    recipes = {on: caldera_recipe(bits, 16, sweeps=2, downdate=on) for on in (False, True, None)}
+    errors = {on: error_of(recipe) for on, recipe in recipes.items()}
+    assert errors[None] == min(errors.values())
+    assert recipes[None] == recipes[bits == 2]
 
 
 def small_problem(m=24, n=32, seed=0):

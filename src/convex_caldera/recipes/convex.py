@@ -12,6 +12,7 @@ from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recip
 from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.recipes.ladder import Shape, Wishes
+from convex_caldera.recipes.lattice import DOWNDATE_BITS
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 
 LEAST_BITS, MOST_BITS, BIT_STEP = 1.0, 8.0, 1 / 16
@@ -41,7 +42,7 @@ def convex_caldera_recipe(bits: float, rank: int = 0, factor_bits: int = 4) -> R
     coding = None if factor_bits == 16 else FactorCoding(E8P(factor_bits))
     steps: tuple[Step, ...] = (
         FitLowRank(rank, "full", coding),
-        Quantize(Trellis(bits, STATE_BITS), "full", downdate=True),
+        Quantize(Trellis(bits, STATE_BITS), "full", downdate=bits <= DOWNDATE_BITS),
     )
     return Recipe(steps, transforms=(RandomizedHadamard(),), sweeps=LOW_RANK_SWEEPS)
 
