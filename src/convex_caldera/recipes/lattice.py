@@ -43,8 +43,10 @@ def caldera_recipe(
     Rank 0 is exactly QuIP#. `downdate` is on at 2 bits and off above unless stated: the state it
     leads to keeps the rounding error of the factors, which is small beside 2-bit codes and large
     beside 3-bit ones (relative error on the acceptance case, rank 16, without and with: .177 and
-    .164 at 2 bits, .097 and .103 at 3, .053 and .074 at 4). Source: Saha et al., CALDERA, arXiv 2405.18886; the order "low rank
-    first" and the down-dated Hessian are those of the authors' code.
+    .164 at 2 bits, .097 and .103 at 3, .053 and .074 at 4).
+
+    Source: Saha et al., CALDERA, arXiv 2405.18886; the order "low rank first" and the down-dated
+    Hessian are those of the authors' code.
     """
     if rank == 0:
         return quip_sharp_recipe(bits, refinement)
