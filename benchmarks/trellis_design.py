@@ -6,6 +6,12 @@ over the circle of 2^32 without a gap below `SPREAD` of the even one. Of those, 
 distortion of a Gaussian wins, in rounds that keep a quarter and look four times as closely.
 
     python benchmarks/trellis_design.py --state-bits 8 10 12 14 16 --bits 1 2 3 4
+
+With --train the levels are freed instead: Lloyd's iteration on the trellis starts from weyl's
+table and sets every level to the mean of what it coded, so that the table tells what a trained
+one of 2^L entries could gain over a multiplication.
+
+    python benchmarks/trellis_design.py --train --state-bits 12 --bits 1 2 3 4
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ def is_spread(multiplier: int, state_bits: int, bits: int) -> bool:
 
 def ratio(multiplier: int, state_bits: int, bits: int, tiles: int, survivors: int) -> float:
     """Distortion of a Gaussian over 4^-bits; the same data for every multiplier."""
-    scale = np.float32(np.sqrt(1 - 4.0**-bits))
+    scale = np.float32(trellis_codes.best_spread(bits))
     exact = state_bits <= trellis_codes.TABLE_STATE_BITS
     shape = (tiles, 256) if exact else (2, 128 * tiles)
     x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
@@ -64,6 +70,36 @@ def states_of(
     return states
 
 
+def train(state_bits: int, bits: int, tiles: int, rounds: int, seed: int) -> tuple[float, float]:
+    """Distortion ratios on fresh data of weyl's table and of the same table after training."""
+    word = trellis_codes.designed_multiplier(state_bits, bits)
+    states = np.arange(1 << state_bits, dtype=np.uint32)
+    code = trellis_codes.Code("weyl", state_bits, word)
+    spread = np.float32(trellis_codes.best_spread(bits))
+    table = start = spread * trellis_codes.computed_levels(code, states)
+    rng = np.random.default_rng([seed, state_bits, bits])
+    total, count = np.zeros(len(table)), np.zeros(len(table))
+    for _ in range(rounds):
+        x, used, _ = coded(table, state_bits, bits, tiles, rng)
+        # a running mean: earlier rounds count less, and no level moves on a handful of samples
+        total = 0.7 * total + np.bincount(used, weights=x, minlength=len(table))
+        count = 0.7 * count + np.bincount(used, minlength=len(table))
+        table = ((total + 8 * table) / (count + 8)).astype(np.float32)
+    fresh = [coded(t, state_bits, bits, 2048, np.random.default_rng(7))[2] for t in (start, table)]
+    return fresh[0], fresh[1]
+
+
+def coded(
+    table: NDArray[np.float32], state_bits: int, bits: int, tiles: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.uint32], float]:
+    """Gaussian weights, the states that code them, and the distortion ratio."""
+    x = rng.standard_normal((tiles, 256)).astype(np.float32)
+    steps = trellis_stream.step_bits(16 * bits, 256)
+    symbols = trellis_viterbi.search(x, steps, table, state_bits, chained=False)
+    states = states_of(symbols, steps, state_bits, laps=2)
+    return x.ravel(), states.ravel(), float(np.mean((x - table[states]) ** 2)) * 4.0**bits
+
+
 def find(state_bits: int, bits: int, args: argparse.Namespace) -> int:
     rng = np.random.default_rng([args.seed, state_bits, bits])
     pool: list[int] = []
@@ -87,9 +123,17 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=16)
     parser.add_argument("--survivors", type=int, default=512)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--rounds", type=int, default=24)
     args = parser.parse_args()
     for state_bits in args.state_bits:
         for bits in args.bits:
+            if args.train:
+                before, after = train(state_bits, bits, 2048, args.rounds, args.seed)
+                print(
+                    f"L={state_bits} K={bits}: weyl {before:.4f}, trained {after:.4f}", flush=True
+                )
+                continue
             began = time.perf_counter()
             best = find(state_bits, bits, args)
             final = ratio(best, state_bits, bits, 256, args.survivors)
