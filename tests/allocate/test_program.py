@@ -1,5 +1,6 @@
 """The structured solver meets a cone solver, closed forms, and a checker written from scratch."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from convex_caldera.allocate.program import ProgramSolution, solve_program
+from convex_caldera.allocate.program_rank import mu_for_ranks
+from convex_caldera.allocate.program_record import program_record
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import (
     DataError,
@@ -186,6 +189,40 @@ def _single(W: torch.Tensor, H, **changed) -> ProgramSolution:
         "budget": 3.0,
     }
     return solve_program([W], [H], **(constants | changed))
+
+
+def test_program_mu_for_ranks_keeps_them():
+    instance = random_instance(3, "penalty", most=10)
+    W = [torch.from_numpy(w) for w in instance.W]
+    H = [torch.from_numpy(h) for h in instance.H]
+    constants = instance.constants()
+    del constants["mu"], constants["tau"]
+    ranks = [g % 3 for g in range(len(W))]
+    mu = mu_for_ranks(W, H, ranks, **constants)
+    found = solve_program(W, H, mu=mu, tol=1e-5, **constants)
+    assert all(r <= wanted for r, wanted in zip(found.ranks, ranks, strict=True))
+    looser = solve_program(W, H, mu=[m / 3 for m in mu], tol=1e-5, **constants)
+    assert any(r > wanted for r, wanted in zip(looser.ranks, ranks, strict=True))
+    with pytest.raises(RecipeError, match="out of range"):
+        mu_for_ranks(W, H, [99] * len(W), **constants)
+
+
+def test_program_record_rebuilds_both_values():
+    instance = random_instance(5, "penalty", most=8)
+    found = solve(instance, tol=1e-6)
+    names = [f"layer.{g}" for g in range(len(instance.W))]
+    record, tensors = program_record(found, names, **instance.constants())
+    text = json.dumps(record, allow_nan=False)
+    row = json.loads(text)["groups"][0]
+    E0 = instance.W[0] - (tensors["layer.0.left"] @ tensors["layer.0.right"]).numpy()
+    E0 = E0 - tensors["layer.0.residual"].numpy()
+    A, w = tensors["layer.0.dual_left"].numpy(), tensors["layer.0.dual_weights"].numpy()
+    E = row["dual_scale"] * (E0 - A @ (w[:, None] * (A.T @ E0)))
+    again = found.dual_matrix(0, torch.from_numpy(instance.W[0])).numpy()
+    assert pytest.approx(again, abs=1e-12) == E
+    assert row["rank"] == found.ranks[0]
+    with pytest.raises(ShapeError, match="different names"):
+        program_record(found, ["a"] * len(names), **instance.constants())
 
 
 def test_program_zero_and_rank_deficient_hessians():
