@@ -48,9 +48,16 @@ def read_states(codes, height, width, sixteenths, state_bits, chain, states):  #
                 state = (state << np.uint64(1)) | _read_bits(codes[i], position, 1)
         elif i % chain == 0:
             state = np.uint64(0)
-        at = 0
-        for t in range(size):
-            count = (t + 1) * sixteenths // 16 - at
-            state = ((state << np.uint64(count)) | _read_bits(codes[i], at, count)) & mask
-            at += count
-            states[16 * i + t // width, t % width] = np.uint32(state)
+        buffer, held, byte, at, t = np.uint64(0), 0, 0, 0, 0
+        for row in range(16 * i, 16 * i + rows):
+            for column in range(width):
+                t += 1
+                count = (t * sixteenths >> 4) - at
+                while held < count:
+                    buffer = (buffer << np.uint64(8)) | np.uint64(codes[i, byte])
+                    held, byte = held + 8, byte + 1
+                held, at = held - count, at + count
+                fresh = buffer >> np.uint64(held)
+                fresh &= (np.uint64(1) << np.uint64(count)) - np.uint64(1)
+                state = ((state << np.uint64(count)) | fresh) & mask
+                states[row, column] = np.uint32(state)
