@@ -207,7 +207,9 @@ def test_export_is_a_plain_model(compressed: Any, tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     tokens = torch.arange(16)[None] * 7 % 320
     exported = AutoModelForCausalLM.from_pretrained(plain)(tokens).logits
-    torch.testing.assert_close(exported, load(output.directory)(tokens).logits)
+    # One path rotates activations, the other has rotated the weight: float32 sums in two orders.
+    own = load(output.directory)(tokens).logits
+    torch.testing.assert_close(exported, own, rtol=1e-4, atol=1e-4)
 
 
 def test_calibrate_saves_every_input(compressed: Any, text: Path, tmp_path: Path) -> None:
