@@ -115,7 +115,7 @@ def sequence_gradients(
                 tap.first_sample = done
             _backward(model, batch, draw)
             for name, tap in taps.items():
-                for G in tap.gradients():
+                for G in tap.gradients(len(batch)):
                     yield name, G
             done += len(batch)
             if progress is not None:
@@ -155,11 +155,12 @@ class _Tap:
     def _keep(self, dy: Tensor) -> None:
         self.dy = dy.detach()
 
-    def gradients(self) -> Iterator[Tensor]:
-        """G_s = dy_s^T x_s for every sequence of the batch."""
+    def gradients(self, sequences: int) -> Iterator[Tensor]:
+        """G_s = dy_s^T x_s for every sequence of the batch; some models fold it into the tokens."""
         if self.x is None or self.dy is None:
             raise NumericalError(f"{self.name} received no gradient; it does not reach the output")
-        for x, dy in zip(self.x.flatten(1, -2), self.dy.flatten(1, -2), strict=True):
+        folded = (t.reshape(sequences, -1, t.shape[-1]) for t in (self.x, self.dy))
+        for x, dy in zip(*folded, strict=True):
             G = dy.T @ x
             if not torch.isfinite(G).all():
                 raise NumericalError(f"{self.name}: a gradient is NaN or infinite; check weights")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,13 +60,16 @@ class Fitter:
 def side_by_side(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[T, R]]:
     """(item, work(item)) as they finish, `workers` at a time, torch on one thread in each.
 
-    One thread gives the same sums whatever the number of workers. After an error or an
-    interruption nothing new is begun.
+    One thread gives the same sums whatever the number of workers. The number is a property of
+    the calling thread, but the mathematics library below keeps one for the whole process: the
+    caller's is set again at the end, so that what follows does not depend on who finished last.
+    After an error or an interruption nothing new is begun.
     """
+    before = torch.get_num_threads()
 
     def alone(item: T) -> R:
-        with threads(1):
-            return work(item)
+        torch.set_num_threads(1)
+        return work(item)
 
     with ThreadPoolExecutor(max(1, min(workers, len(items)))) as pool:
         futures = {pool.submit(alone, item): item for item in items}
@@ -76,14 +78,4 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T], workers: int) -> It
                 yield futures[future], future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's own threads for the work inside; they are a property of the calling thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+            torch.set_num_threads(before)
