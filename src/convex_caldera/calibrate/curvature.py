@@ -112,7 +112,7 @@ def sequence_gradients(
     with _frozen(model), _watched(taps), _bfloat16_products():
         for batch in tokens.split(batch_size):
             for tap in taps.values():
-                tap.first_sample = done
+                tap.samples = range(done, done + len(batch))
             _backward(model, batch, draw)
             for name, tap in taps.items():
                 for G in tap.gradients(len(batch)):
@@ -140,14 +140,14 @@ class _Tap:
         self.linear, self.name = linear, name
         self.x: Tensor | None = None
         self.dy: Tensor | None = None
-        self.first_sample = 0
+        self.samples = range(0)
 
     def forward_hook(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        bad = ~torch.isfinite(args[0].flatten(1)).all(1)
+        bad = ~torch.isfinite(args[0].reshape(len(self.samples), -1)).all(1)
         if bad.any():
             raise NumericalError(
                 f"{self.name}: activations are NaN or infinite in sample "
-                f"{self.first_sample + int(bad.nonzero()[0])}; check the model in this dtype"
+                f"{self.samples[int(bad.nonzero()[0])]}; check the model in this dtype"
             )
         self.x = args[0].detach()
         y.register_hook(self._keep)
