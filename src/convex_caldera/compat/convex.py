@@ -115,7 +115,7 @@ def convex_caldera(
         RecipeError: parameters contradict each other, or both H and calibration_data are given.
         ShapeError, NumericalError: of W, H and calibration_data.
 
-    Cost: one certified solve (seventeen if mu is sought for a rank above zero), then about
+    Cost: one certified solve (and ten loose ones if mu is sought for a rank above zero), then about
     forty roundings of the matrix at 2 m n^2 flops each.
     """
     params = params or ConvexCalderaParams()

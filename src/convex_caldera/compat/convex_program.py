@@ -30,7 +30,7 @@ HIGH_RATE_DECAY = 2 * math.log(2)  # 6.02 dB per bit
 BUDGET_ROUNDS = 4  # each sets aside what the last one's factors need
 ENERGY_SHARE = 0.5  # of the residual's energy that q pays for, where a low-rank part is meant
 MOST_STEPS, SEARCH_STEPS = 400, 60  # of the solver; stopping early shows in the gap
-HALVINGS = 16  # of the logarithmic bracket of mu
+MU_PRECISION = 1.02  # ratio of the bracket of mu at which its search ends
 MU_RANGE = 1e-4  # least mu sought, as a share of the one that makes Z zero
 SEARCH_TOLERANCE = 1e-3  # relative gap at which the rank is read off during the search
 FLOAT16_PRECISION = 11
@@ -72,7 +72,7 @@ def solve_within(problem: Problem, groups: ColumnGroups, sizes: Sizes) -> Solved
     """Solve the program so that codes and factors together keep to the budget.
 
     Cost: one solve where mu or tau is given and the rank is known; up to four otherwise, and
-    sixteen loose ones where mu is sought for a rank above zero.
+    ten loose ones before it where mu is sought for a rank above zero.
     """
     params, sought = sizes.params, sizes.params.seeks_mu
     limit = _most_rank(problem, sizes)
@@ -235,7 +235,7 @@ class _Program:
         if rank == 0 or high == 0.0:
             return high
         low, tol = MU_RANGE * high, max(SEARCH_TOLERANCE, self.params.solver_tol)
-        for _ in range(HALVINGS):
+        while high > MU_PRECISION * low:
             middle = math.sqrt(low * high)
             if max(self.solve(middle, tol, SEARCH_STEPS).ranks) <= rank:
                 high = middle
