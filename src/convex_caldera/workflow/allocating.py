@@ -198,7 +198,10 @@ class Allocator:
         # which are longest when every layer has a rate of its own.
         rates = [LEAST_BITS + i * BIT_STEP for i in range(round(PROBE_HALF_WIDTH / BIT_STEP))]
         spread = dict(zip(self.sites, itertools.cycle(rates), strict=False))
-        base = {n: self.recipe(n, Choice(spread[n], probes[n][0].rank)) for n in self.sites}
+        base = {
+            name: self.recipe(name, Choice(spread[name], self._least_rank(name)))
+            for name in self.sites
+        }
         shapes = {name: site.shape for name, site in self.sites.items()}
         codes = sum(spread[name] * self.weights[name] for name in self.sites)
         side = 8 * planned_bytes(base, shapes) - codes
@@ -227,6 +230,13 @@ class Allocator:
         # Without factors their bits go to the codes: both options are offered at one size.
         centres = {rank: centre if rank else centre + factors for rank in ranks}
         return [Choice(b, r) for r in ranks for b in sorted(self._rates_near(centres[r]))]
+
+    def _least_rank(self, name: str) -> int:
+        """The rank that every option of a layer has at least."""
+        fixed = wishes_of(self.job.settings, name).rank
+        if fixed is not None:
+            return min(fixed, *self.sites[name].shape)
+        return self._ranks([name])[0]
 
     def _probed_rank(self, members: Iterable[str]) -> list[int]:
         """The rank that stands for "some": the dearer of the cheap ones, if there is any."""

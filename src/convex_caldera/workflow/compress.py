@@ -34,7 +34,14 @@ from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.models import usable_device
-from convex_caldera.workflow.planning import Budget, Plan, chosen_sites, make_budget, uniform_plan
+from convex_caldera.workflow.planning import (
+    Budget,
+    Plan,
+    check_ties,
+    chosen_sites,
+    make_budget,
+    uniform_plan,
+)
 from convex_caldera.workflow.progress import Progress, Silent
 from convex_caldera.workflow.settings import Settings
 
@@ -131,6 +138,7 @@ def prepare(settings: Settings) -> Job:
     source = SourceModel(path)
     sites = chosen_sites(skeleton.sites, settings.ignore)
     budget = budget_of(settings, source, sites)
+    check_ties(settings, sites)
     uniform_plan(sites, method, settings, budget)  # raises if infeasible, before any work
     job = Job(settings, method, skeleton, source, sites, budget, None)
     if job.curvature == "none":

@@ -23,7 +23,7 @@ from convex_caldera.recipes.ladder import Method, Wishes
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.storage.layers import LayerEntry, planned_shard_bytes
 from convex_caldera.workflow.fill import Rungs, fill_uniformly
-from convex_caldera.workflow.settings import Settings, parse_ratio, parse_size
+from convex_caldera.workflow.settings import Settings, parse_menu, parse_ratio, parse_size
 
 
 class NamedMatrix(Protocol):
@@ -157,6 +157,9 @@ def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Setting
     names = [site.name for site in sites]
     for pattern, _ in pins:
         select((pattern,), names)
+    for key in ("tie", "bits_menu", "rank_menu"):
+        if getattr(settings, key) and not method.allocates:
+            raise RecipeError(f"{method.name} allocates nothing; leave out {key.replace('_', ' ')}")
     given = {key for _, pinned in pins for key in pinned}
     given |= {key for key in ("rank", "group_size") if getattr(settings, key) is not None}
     if settings.factor_bits != Wishes().factor_bits:
@@ -185,13 +188,17 @@ def parse_pin(pin: str) -> tuple[str, dict[str, int]]:
     return pattern, {keys[key]: int(value) for key, _, value in pairs}
 
 
-def ties_of(ties: Iterable[str], sites: Sequence[TiedMatrix]) -> tuple[tuple[str, ...], ...]:
+def ties_of(ties: Sequence[str], sites: Sequence[TiedMatrix]) -> tuple[tuple[str, ...], ...]:
     """Layers that must share a format: "q_proj,k_proj,v_proj" ties those kinds in each block.
 
     Raises:
-        RecipeError: a kind that no block has, or a tie of one.
+        RecipeError: a kind that no block has or that is in two ties, or a tie of one.
     """
     groups = []
+    tied = [kind.strip() for tie in ties for kind in tie.split(",") if kind.strip()]
+    twice = sorted({kind for kind in tied if tied.count(kind) > 1})
+    if twice:
+        raise RecipeError(f"{twice[0]} is tied twice; join the ties")
     for tie in ties:
         kinds = [kind.strip() for kind in tie.split(",") if kind.strip()]
         unknown = sorted(set(kinds) - {site.kind for site in sites})
@@ -202,6 +209,14 @@ def ties_of(ties: Iterable[str], sites: Sequence[TiedMatrix]) -> tuple[tuple[str
             if len(members) > 1:
                 groups.append(members)
     return tuple(groups)
+
+
+def check_ties(settings: Settings, sites: Sequence[TiedMatrix]) -> None:
+    """Raises RecipeError for ties that cannot be kept: see `ties_of`, or pinned apart."""
+    for members in ties_of(settings.tie, sites):
+        first, *others = (wishes_of(settings, name) for name in members)
+        if any(wishes != first for wishes in others):
+            raise RecipeError(f"{', '.join(members)} are tied but pinned differently")
 
 
 def uniform_plan(
@@ -253,7 +268,14 @@ def _layout(recipe: Recipe, shape: tuple[int, int]):  # type: ignore[no-untyped-
 
 def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recipe]:
     """A layer's recipes by rising size; of two with one size the later is kept."""
-    recipes = method.ladder(site.shape, wishes_of(settings, site.name))
+    wishes = wishes_of(settings, site.name)
+    if settings.rank_menu is not None and wishes.rank is None:
+        wishes = dataclasses.replace(wishes, rank=int(parse_menu(settings.rank_menu)[0]))
+    if settings.bits_menu is not None and wishes.bits is None:
+        menu = [dataclasses.replace(wishes, bits=bits) for bits in parse_menu(settings.bits_menu)]
+    else:
+        menu = [wishes]
+    recipes = [recipe for wish in menu for recipe in method.ladder(site.shape, wish)]
     by_size: dict[int, Recipe] = {layer_bytes(r, site.shape): r for r in recipes}
     return [by_size[size] for size in sorted(by_size)]
 

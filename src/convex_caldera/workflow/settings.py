@@ -68,6 +68,10 @@ class Settings(BaseModel):
         for menu in (self.bits_menu, self.rank_menu):
             if menu is not None:
                 parse_menu(menu)
+        if self.rank is not None and self.rank_menu is not None:
+            raise ValueError("rank and rank_menu exclude each other")
+        if self.rank_menu is not None and any(r % 1 for r in parse_menu(self.rank_menu)):
+            raise ValueError(f"rank_menu {self.rank_menu!r} holds a number that is no rank")
         return self
 
     @property
