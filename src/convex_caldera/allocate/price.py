@@ -154,8 +154,11 @@ def _at_price(table, a, h, nu, s, bits, energy):  # type: ignore[no-untyped-def]
         # Saturated (t = 0): even at b_min (nu > 0) or b_max (nu = 0) the residual binds q.
         y = 0.0
         if most > 0.0 and x < (high if slope > 0.0 else low):
-            start = min(slope / high, most)
-            y = _root(a[g], h[g], most, slope, low, high, start, most)
+            start, end = min(slope / high, most), most
+            x, _ = _energy(a[g], h[g], most - start)
+            if x > high:  # more than q allows where b leaves b_min: b = b_min at the root
+                start, end = 0.0, start
+            y = _root(a[g], h[g], most, slope, low, high, start, end)
             x, _ = _energy(a[g], h[g], max(most - y, 0.0))
         s[g], energy[g] = max(most - y, 0.0), x
         if lam * c == 0.0:
