@@ -15,9 +15,10 @@ from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import FormatError
 from convex_caldera.linalg.hadamard import base_order, rotate
-from convex_caldera.quantizers import E8P, NormalFloat, Trellis, Uniform
+from convex_caldera.quantizers import E8P, Minifloat, MXInt, NormalFloat, Trellis, Uniform
 from convex_caldera.recipes.records import to_record
 from convex_caldera.storage.shard import NAMES
+from convex_caldera.transforms.diagonal import Diagonal
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 from convex_caldera.transforms.permute import ActOrder
 from convex_caldera.transforms.scale import ColumnScale
@@ -31,6 +32,11 @@ ALL = [
     Uniform(5, group_size=200, scale_dtype="float32"),
     *(NormalFloat(bits, group_size=9) for bits in range(2, 9)),
     NormalFloat(4, group_size=-1, scale_dtype="float32"),
+    *(MXInt(bits, group_size=9) for bits in range(2, 9)),
+    MXInt(4, group_size=-1, exponent_bits=3, exponent_rule="legacy"),
+    MXInt(3, group_size=16, exponent_bits=4),
+    *(Minifloat(bits, x, 9) for bits, x in ((3, 1), (4, 2), (4, 3), (6, 3), (8, 4), (8, 5))),
+    Minifloat(4, 2, 0, scale_dtype="bfloat16"),
     *(E8P(bits, joint_scale=joint) for bits in (2, 3, 4) for joint in (True, False)),
     Trellis(2.0, 6, "mul1"),
     Trellis(2.0, 5, "3inst"),
@@ -197,3 +203,28 @@ def test_transform_is_undone(transform, shape):
     found = known.invert(record, inner, {name: t.numpy() for name, t in tensors.items()})
     assert np.allclose(found, W.numpy(), atol=1e-12)
     assert np.allclose(found, fitted.invert(torch.from_numpy(inner)).numpy(), atol=1e-13)
+
+
+@pytest.mark.parametrize("inputs", [True, False])
+@pytest.mark.parametrize("outputs", [True, False])
+def test_tuned_diagonals_are_undone(inputs, outputs):
+    if not (inputs or outputs):
+        with pytest.raises(FormatError, match="neither side"):
+            TRANSFORMS["diagonal"].invert({"inputs": False, "outputs": False}, np.eye(2), {})
+        return
+    transform = Diagonal(inputs, outputs)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: (torch.rand(shape, generator=generator) + 0.5).half()
+        for name, (_, shape) in transform.layout((7, 9)).items()
+    }
+    W = torch.randn(7, 9, generator=generator, dtype=torch.float64)
+    arrays = {name: t.numpy() for name, t in tensors.items()}
+    found = TRANSFORMS["diagonal"].invert(to_record(transform), W.numpy(), arrays)
+    expected = transform.restore((7, 9), tensors).invert(W).numpy()
+    assert np.allclose(found, expected, atol=1e-13)
+    for name in arrays:
+        with pytest.raises(FormatError, match="zero"):
+            TRANSFORMS["diagonal"].invert(
+                to_record(transform), W.numpy(), {**arrays, name: arrays[name] * 0}
+            )

@@ -11,7 +11,7 @@ from torch import Tensor
 from convex_caldera import quantizers
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
-from convex_caldera.quantizers import E8P, NormalFloat, Trellis, Uniform
+from convex_caldera.quantizers import E8P, Minifloat, MXInt, NormalFloat, Trellis, Uniform
 
 EXAMPLES: list[Quantizer] = [
     Uniform(1, 16),
@@ -26,6 +26,14 @@ EXAMPLES: list[Quantizer] = [
     NormalFloat(2, 16),
     NormalFloat(3, -1),
     NormalFloat(4, 0, scale_dtype="float32"),
+    MXInt(2, 16),
+    MXInt(4, -1),
+    MXInt(4, 7, exponent_rule="legacy"),
+    MXInt(4, 16, exponent_bits=4),
+    MXInt(8, 0),
+    Minifloat(4, 2, 16),
+    Minifloat(8, 4, 0, scale_dtype="float32"),
+    Minifloat(3, 1, -1),
     E8P(2),
     E8P(3),
     E8P(4),
@@ -33,7 +41,11 @@ EXAMPLES: list[Quantizer] = [
     Trellis(2.0, state_bits=8),
 ]
 # a two-stage search is not exhaustive, a tail-biting trellis searches by a heuristic
-EXACT = [q for q in EXAMPLES if q.kind in ("uniform", "normal_float") or q == E8P(2)]
+EXACT = [
+    q
+    for q in EXAMPLES
+    if q.kind in ("uniform", "normal_float", "mxint", "minifloat") or q == E8P(2)
+]
 SHAPES = [(16, 32), (5, 19), (1, 1), (3, 8), (33, 1)]
 
 every = pytest.mark.parametrize("quantizer", EXAMPLES, ids=str)

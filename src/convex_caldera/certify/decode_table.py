@@ -6,6 +6,8 @@ from convex_caldera.certify import (
     decode_columns,
     decode_e8p,
     decode_hadamard,
+    decode_minifloat,
+    decode_mxint,
     decode_normal_float,
     decode_trellis,
     decode_uniform,
@@ -14,6 +16,8 @@ from convex_caldera.certify.codec import QuantizerFormat, TransformFormat
 
 QUANTIZERS: dict[str, QuantizerFormat] = {
     "e8p": decode_e8p.FORMAT,
+    "minifloat": decode_minifloat.FORMAT,
+    "mxint": decode_mxint.FORMAT,
     "normal_float": decode_normal_float.FORMAT,
     "trellis": decode_trellis.FORMAT,
     "uniform": decode_uniform.FORMAT,

@@ -45,6 +45,8 @@ def _tiles(fitted: Any) -> Planes:
 
 PLANES: dict[str, Callable[[Any], Planes]] = {
     "uniform": _bit_stream,
+    "minifloat": _bit_stream,
+    "mxint": _bit_stream,
     "normal_float": _bit_stream,
     "e8p": _lattice,
     "trellis": _tiles,

@@ -1,6 +1,6 @@
-"""Products with bit-stream scalar codes on the CPU: uniform grids and NormalFloat.
+"""Products with bit-stream scalar codes on the CPU: uniform grids, MXINT, NormalFloat, minifloats.
 
-Both are  value = (level[c] - z) * scale  with z and scale per group of columns, so one compiled
+All are  value = (level[c] - z) * scale  with z and scale per group of columns, so one compiled
 loop decodes them, straight from the packed bytes: code k occupies bits k b .. k b + b - 1 of the
 stream, least significant first, which lie in at most two bytes for b <= 8. In float32 and in this
 order of operations, so that values equal the quantizers' own bit for bit.
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
 from convex_caldera.quantizers.groups import PER_TENSOR, Groups
+from convex_caldera.quantizers.minifloat import FittedMinifloat
+from convex_caldera.quantizers.mxint import FittedMXInt
 from convex_caldera.quantizers.normal_float import FittedNormalFloat, levels
 from convex_caldera.quantizers.uniform import FittedUniform
 from convex_caldera.runtime.kernels.reference import (
@@ -26,6 +28,7 @@ from convex_caldera.runtime.kernels.reference import (
 )
 
 Array = NDArray[np.float32]
+Scalar = FittedUniform | FittedNormalFloat | FittedMinifloat | FittedMXInt
 
 
 def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def multiply_transposed(fitted: FittedQuantizer, packed: Tensor, y: Tensor) -> T
 
 def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Slices:
     """Slices of rows and their values (rows, n), float32; the buffer is used again."""
-    assert isinstance(fitted, FittedUniform | FittedNormalFloat)
+    assert isinstance(fitted, Scalar)
     m, n = fitted.shape
     bits, group_size = fitted.quantizer.bits, fitted.quantizer.group_size
     width = Groups(fitted.shape, group_size).width
@@ -56,14 +59,19 @@ def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Slices:
         yield rows, torch.from_numpy(out)
 
 
-def _grid(fitted: FittedUniform | FittedNormalFloat) -> tuple[Array, Array, Array]:
+def _grid(fitted: Scalar) -> tuple[Array, Array, Array]:
     """Levels by code, and scales and zero points by group, all float32."""
-    scales = fitted.scales.float().contiguous().numpy()
+    stored = fitted.steps if isinstance(fitted, FittedMXInt) else fitted.scales.float()
+    scales = stored.contiguous().numpy()
     no_zeros = np.zeros_like(scales)
     bits = fitted.quantizer.bits
     if isinstance(fitted, FittedNormalFloat):
         return levels(bits).numpy(), scales, no_zeros
+    if isinstance(fitted, FittedMinifloat):
+        return fitted.quantizer.levels.numpy(), scales, no_zeros
     codes = np.arange(1 << bits, dtype=np.float32)
+    if isinstance(fitted, FittedMXInt):
+        return codes - np.float32(fitted.quantizer.largest), scales, no_zeros
     if fitted.zero_points is None:
         return codes - np.float32(fitted.quantizer.middle), scales, no_zeros
     return codes, scales, fitted.zero_points.float().contiguous().numpy()
