@@ -123,6 +123,9 @@ def layout(record, shape):
         return {"scale": ("F16", (n,))}
     if kind == "permute":
         return {"order": ("U16" if n <= 65536 else "U32", (n,))}
+    if kind == "diagonal":
+        fields = {"input_diagonal": ("F16", (n,))} if record["inputs"] else {}
+        return fields | ({"output_diagonal": ("F16", (m,))} if record["outputs"] else {})
     fields = {"input_signs": ("U8", (blocks,))} if record["inputs"] else {}
     return fields | ({"output_signs": ("U8", (-(-m // 8),))} if record["outputs"] else {})
 
@@ -274,6 +277,9 @@ def invert(record, W, tensors):
         out = np.empty_like(W)
         out[:, tensors["order"].astype(int)] = W
         return out
+    if record["kind"] == "diagonal":
+        a = tensors.get("input_diagonal", np.ones(n)).astype(np.float64)
+        return tensors.get("output_diagonal", np.ones(m)).astype(np.float64)[:, None] * W * a
     if record["inputs"]:
         W = W @ hadamard(n) * (1 - 2 * bits_of(tensors["input_signs"])[:n].astype(int))
     if record["outputs"]:

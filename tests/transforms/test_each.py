@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from convex_caldera.core.hessian import Hessian
+from convex_caldera.core.problem import Problem
 from convex_caldera.errors import FormatError, RecipeError
-from convex_caldera.transforms import ActOrder, ColumnScale, RandomizedHadamard
+from convex_caldera.transforms import ActOrder, ColumnScale, Diagonal, RandomizedHadamard
 from convex_caldera.transforms.hadamard import pack_signs, unpack_signs
 
 NAMES = {"seed": 0, "layer": "layer", "site": "site"}
@@ -130,3 +131,46 @@ def test_act_order_refuses_what_is_no_permutation() -> None:
 def test_act_order_needs_four_bytes_only_beyond_65536_channels() -> None:
     assert ActOrder().layout((1, 2**16)) == {"order": (torch.uint16, (2**16,))}
     assert ActOrder().layout((1, 2**16 + 1)) == {"order": (torch.uint32, (2**16 + 1,))}
+
+
+def tuned_diagonal(m: int, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Entries of both signs between 1/2 and 3/2, as fine-tuning may leave them."""
+    rng = torch.Generator().manual_seed(seed)
+    sides = {"input_diagonal": n, "output_diagonal": m}
+    sign = {name: 1 - 2 * (torch.rand(k, generator=rng) < 0.1).half() for name, k in sides.items()}
+    return {
+        name: ((torch.rand(k, generator=rng) + 0.5).half() * sign[name])
+        for name, k in sides.items()
+    }
+
+
+def test_tuned_diagonal_scales_rows_and_columns() -> None:
+    tensors = tuned_diagonal(5, 7)
+    fitted = Diagonal().restore((5, 7), tensors)
+    W = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).double()
+    a, b = (tensors[name].double() for name in ("input_diagonal", "output_diagonal"))
+    assert torch.allclose(fitted.invert(W), torch.diag(b) @ W @ torch.diag(a), atol=1e-14)
+    assert torch.allclose(fitted.apply(fitted.invert(W)), W, atol=1e-14)
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(2)).double()
+    assert torch.allclose(fitted.outputs(fitted.inputs(x) @ W.T), x @ fitted.invert(W).T)
+
+
+def test_tuned_diagonal_preserves_the_two_sided_loss() -> None:
+    rng = torch.Generator().manual_seed(3)
+    W, W_hat = torch.randn(2, 5, 7, generator=rng).double()
+    X, Y = (torch.randn(30, k, generator=rng).double() for k in (7, 5))
+    hessian, output = Hessian(X.T @ X / 30), Hessian(Y.T @ Y / 30)
+    fitted = Diagonal().restore((5, 7), tuned_diagonal(5, 7))
+    inner = Problem(
+        fitted.apply(W), fitted.apply_hessian(hessian), "W", fitted.apply_output(output)
+    )
+    loss = Problem(W, hessian, "W", output).loss(W_hat)
+    assert inner.loss(fitted.apply(W_hat)) == pytest.approx(loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_impossible_diagonals_are_refused(value: float) -> None:
+    tensors = tuned_diagonal(5, 7)
+    tensors["output_diagonal"][2] = value
+    with pytest.raises(FormatError, match=r"output_diagonal\[2\]"):
+        Diagonal().restore((5, 7), tensors)

@@ -12,7 +12,7 @@ from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
 from convex_caldera.core.protocols import FittedTransform, Transform
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
-from convex_caldera.transforms import TABLE, ActOrder, ColumnScale, RandomizedHadamard
+from convex_caldera.transforms import TABLE, ActOrder, ColumnScale, Diagonal, RandomizedHadamard
 
 TRANSFORMS: tuple[Transform, ...] = (
     RandomizedHadamard(),
@@ -21,6 +21,9 @@ TRANSFORMS: tuple[Transform, ...] = (
     ColumnScale(),
     ColumnScale(exponent=1.0, statistic="mean_abs"),
     ActOrder(),
+    Diagonal(),
+    Diagonal(inputs=False),
+    Diagonal(outputs=False),
 )
 IDS = [repr(t) for t in TRANSFORMS]
 TIGHT = 1e-10  # float64; scales reach 1e-4 .. 1e2
@@ -178,6 +181,7 @@ def test_damaged_tensors_are_refused(transform: Transform) -> None:
 def test_recipes_refuse_what_contradicts_itself() -> None:
     for make in (
         lambda: RandomizedHadamard(inputs=False, outputs=False),
+        lambda: Diagonal(inputs=False, outputs=False),
         lambda: ColumnScale(exponent=1.5),
         lambda: ColumnScale(statistic="median"),  # type: ignore[arg-type]
     ):

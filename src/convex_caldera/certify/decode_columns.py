@@ -1,7 +1,8 @@
-"""Transforms that treat input channels one by one: a positive scale, or another order.
+"""Transforms that treat channels one by one: a positive scale, another order, tuned diagonals.
 
-scale    W was stored as W diag(s):      W = W' diag(1 / s)
-permute  W was stored as W[:, order]:    W[:, order] = W'
+scale     W was stored as W diag(s):      W = W' diag(1 / s)
+permute   W was stored as W[:, order]:    W[:, order] = W'
+diagonal  W was stored without them:      W = diag(b) W' diag(a)
 """
 
 from __future__ import annotations
@@ -11,7 +12,16 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from convex_caldera.certify.codec import Array, Layout, Record, Shape, TransformFormat, one_of, real
+from convex_caldera.certify.codec import (
+    Array,
+    Layout,
+    Record,
+    Shape,
+    TransformFormat,
+    boolean,
+    one_of,
+    real,
+)
 from convex_caldera.errors import FormatError
 
 Floats = NDArray[np.float64]
@@ -41,6 +51,25 @@ def unsort(record: Record, W: Floats, tensors: Mapping[str, Array]) -> Floats:
     return out
 
 
+def diagonal_layout(record: Record, shape: Shape) -> Layout:
+    sides = (("input_diagonal", shape[1], "inputs"), ("output_diagonal", shape[0], "outputs"))
+    return {name: ("F16", (size,)) for name, size, wanted in sides if record[wanted]}
+
+
+def stretch(record: Record, W: Floats, tensors: Mapping[str, Array]) -> Floats:
+    if not (record["inputs"] or record["outputs"]):
+        raise FormatError("a diagonal of neither side")
+    for values in tensors.values():
+        if not (np.isfinite(values) & (values != 0)).all():
+            raise FormatError("an entry of a diagonal is zero or not finite")
+    if record["inputs"]:
+        W = W * tensors["input_diagonal"].astype(np.float64)
+    if record["outputs"]:
+        W = W * tensors["output_diagonal"].astype(np.float64)[:, None]
+    return W
+
+
+DIAGONAL = TransformFormat({"inputs": boolean, "outputs": boolean}, diagonal_layout, stretch)
 SCALE = TransformFormat(
     {"exponent": real(0.0, 1.0), "statistic": one_of("rms", "mean_abs")}, scale_layout, unscale
 )

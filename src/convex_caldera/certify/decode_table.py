@@ -23,6 +23,7 @@ QUANTIZERS: dict[str, QuantizerFormat] = {
     "uniform": decode_uniform.FORMAT,
 }
 TRANSFORMS: dict[str, TransformFormat] = {
+    "diagonal": decode_columns.DIAGONAL,
     "hadamard": decode_hadamard.FORMAT,
     "permute": decode_columns.PERMUTE,
     "scale": decode_columns.SCALE,
