@@ -1,0 +1,356 @@
+"""Vector quantization: a learned codebook of 2^(bits * dim) vectors of `dim` columns.
+
+    block of a row = scale of its group * codeword,     codewords fitted by weighted k-means
+
+The codebook minimizes sum_i sum_j h_ij s_i^2 (x_ij - c_kj)^2 over the blocks x_i = W_i / s_i of
+the matrix, h the importance of the columns (usually diag H): Lloyd's two steps, nearest codeword
+and weighted mean (Linde, Buzo & Gray 1980), started by k-means++ (Arthur & Vassilvitskii 2007).
+A codeword that loses all its points is put on the worst-served one. Large matrices are fitted on
+a sample in which the longest blocks always are, each point with the weight of those it stands
+for. Codebook and scales are stored, and counted. `bits` are per weight: 2 bits in blocks of 4
+are 256 codewords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.core.seeds import generator
+from convex_caldera.errors import RecipeError
+from convex_caldera.quantizers.groups import (
+    SCALE_DTYPES,
+    Groups,
+    check_codes,
+    check_columns,
+    check_finite,
+    check_group_options,
+    check_matrix,
+    checked_tensor,
+    round_scales,
+    sliced_shape,
+)
+from convex_caldera.quantizers.normalized import Normalize, check_normalize, natural_scales
+
+MAX_CODE_BITS = 12
+MAX_DIM = 32
+# Points with the longest blocks that every sample holds: a codebook must know its extremes.
+_EXTREMES = 256
+# Importance below this fraction of the mean counts as this: no column is given up.
+_LEAST_IMPORTANCE = 1e-3
+# Relative decrease of the error below which iterations end.
+_TOLERANCE = 1e-5
+_CHUNK = 1 << 18  # blocks per call of the encoder
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """A codebook for blocks of `dim` columns.
+
+    Args:
+        bits: per weight; bits * dim must be whole, 1 to 12.
+        dim: columns of a block, 1 to 32; the mission's `block_size`.
+        group_size: weights that share a scale, a multiple of dim; 0 a row, -1 the matrix.
+        normalize: "rms" or "absmax" of each group is its scale.
+        iterations: of Lloyd's steps at most.
+        sample_size: blocks that the codebook is fitted to at most.
+        seed: of sampling and seeding.
+        scale_dtype: of scales and codebook, "float16", "bfloat16" or "float32".
+
+    Raises:
+        RecipeError: an option out of range, or two that contradict each other.
+    """
+
+    bits: float
+    dim: int = 4
+    group_size: int = -1
+    normalize: Normalize = "rms"
+    iterations: int = 25
+    sample_size: int = 200_000
+    seed: int = 0
+    scale_dtype: str = "float16"
+
+    kind: ClassVar[str] = "kmeans"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.dim <= MAX_DIM:
+            raise RecipeError(f"k-means blocks have 1 to {MAX_DIM} columns, got dim {self.dim}")
+        code_bits = self.bits * self.dim
+        if code_bits != int(code_bits) or not 1 <= code_bits <= MAX_CODE_BITS:
+            raise RecipeError(
+                f"a code has a whole number of 1 to {MAX_CODE_BITS} bits; {self.bits} bits per "
+                f"weight in blocks of {self.dim} are {code_bits:g}"
+            )
+        check_group_options(self.group_size, self.scale_dtype)
+        check_normalize(self.normalize)
+        if self.group_size > 0 and self.group_size % self.dim:
+            raise RecipeError(
+                f"group_size {self.group_size} is no multiple of the block of {self.dim} columns"
+            )
+        if self.iterations < 1 or self.sample_size < 1:
+            raise RecipeError(
+                f"iterations and sample_size are positive, got {self.iterations}, "
+                f"{self.sample_size}"
+            )
+
+    @property
+    def block(self) -> int:
+        return self.dim
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code, that of a block."""
+        return int(self.bits * self.dim)
+
+    @property
+    def num_codewords(self) -> int:
+        return 1 << self.code_bits
+
+    def fit(
+        self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0
+    ) -> FittedKMeans:
+        """Scales and codebook for W (m, n), both rounded as stored.
+
+        The importance also steers `encode` of what is returned; it is not stored. `gain`
+        multiplies the scales only.
+
+        Raises:
+            ShapeError, NumericalError: W is not a finite matrix, or its scales do not fit
+                `scale_dtype` (see `groups.round_scales`).
+
+        Cost: iterations * points * 2^(bits * dim) * dim, points at most `sample_size`.
+        """
+        check_matrix(W, importance, gain)
+        shape = (W.shape[0], W.shape[1])
+        natural = natural_scales(W, self.group_size, self.normalize)
+        scales = round_scales(natural, self.scale_dtype)
+        columns = None if importance is None else floored(importance)
+        unit = FittedKMeans(self, shape, scales, torch.empty(0), columns)
+        points, weights = self._sample(W, unit)
+        codebook = lloyd(points, weights, self)
+        return FittedKMeans(
+            self,
+            shape,
+            scales if gain == 1.0 else round_scales(natural * gain, self.scale_dtype),
+            codebook.to(SCALE_DTYPES[self.scale_dtype]).to(W.device),
+            columns,
+        )
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Scales, codebook, and `code_bits` bits for every `dim` columns begun."""
+        dtype, blocks = SCALE_DTYPES[self.scale_dtype], shape[0] * -(-shape[1] // self.dim)
+        return {
+            "scales": (dtype, Groups(shape, self.group_size).grid),
+            "codebook": (dtype, (self.num_codewords, self.dim)),
+            "codes": (torch.uint8, (packed_bytes(blocks, self.code_bits),)),
+        }
+
+    def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedKMeans:
+        """From `FittedKMeans.tensors()`; FormatError if shape or type differ."""
+        dtype = SCALE_DTYPES[self.scale_dtype]
+        grid = Groups(shape, self.group_size).grid
+        codebook = checked_tensor(tensors, "codebook", (self.num_codewords, self.dim), dtype)
+        return FittedKMeans(self, shape, checked_tensor(tensors, "scales", grid, dtype), codebook)
+
+    def _sample(self, W: Tensor, unit: FittedKMeans) -> tuple[Tensor, Tensor]:
+        """Normalized blocks (N, dim), and the weight of each of their coordinates."""
+        count = W.shape[0] * unit.blocks
+        if count <= self.sample_size:
+            chosen, stands_for = torch.arange(count), torch.ones(count)
+        else:
+            chosen, stands_for = self._choose(W, unit, count)
+        row, block = chosen // unit.blocks, chosen % unit.blocks
+        columns = block[:, None] * self.dim + torch.arange(self.dim)
+        inside = columns < W.shape[1]
+        columns = columns.clamp(max=W.shape[1] - 1)
+        x = W[row.to(W.device)[:, None], columns.to(W.device)].float().cpu()
+        scale = unit.block_scales(0, unit.blocks).cpu().expand(W.shape[0], unit.blocks)[row, block]
+        weights = torch.ones(W.shape[1]) if unit.importance is None else unit.importance.cpu()
+        weights = weights[columns] * inside * stands_for[:, None] * relative(scale)[:, None] ** 2
+        return x * inside / divisor(scale)[:, None], weights
+
+    def _choose(self, W: Tensor, unit: FittedKMeans, count: int) -> tuple[Tensor, Tensor]:
+        """Block numbers: the longest ones, and a seeded sample of the rest with its weight."""
+        lengths = torch.cat([unit.lengths(rows) for rows in W.split(4096)])
+        extremes = lengths.topk(min(_EXTREMES, self.sample_size // 2)).indices.cpu()
+        wanted = self.sample_size - extremes.numel()
+        random = generator(self.seed, f"{tuple(W.shape)}", "k-means sample")
+        drawn = torch.randint(count, (wanted,), generator=random)
+        taken = torch.zeros(count, dtype=torch.bool)
+        taken[drawn] = True
+        taken[extremes] = False
+        rest = taken.nonzero().flatten()
+        stands_for = torch.full((rest.numel(),), (count - extremes.numel()) / rest.numel())
+        return torch.cat([extremes, rest]), torch.cat([torch.ones(extremes.numel()), stands_for])
+
+
+@dataclass(frozen=True, eq=False)
+class FittedKMeans:
+    """KMeans with scales and codebook. Codes are (m, ceil(n / dim)), uint8 or int32.
+
+    Columns missing from a row's last block have no weight and are dropped in decoding. With an
+    `importance` (n,), which a restored quantizer does not have, `encode` is nearest under it.
+    """
+
+    quantizer: KMeans
+    shape: tuple[int, int]
+    scales: Tensor
+    codebook: Tensor
+    importance: Tensor | None = None
+
+    @property
+    def row_block(self) -> int:
+        return 1
+
+    @property
+    def position_free(self) -> bool:
+        return self.scales.numel() == 1 and self.importance is None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return -(-self.shape[1] // self.quantizer.dim)
+
+    def encode(self, x: Tensor, start: int = 0) -> Tensor:
+        """Nearest codes (m, ceil(d / dim)) of columns start .. start + d."""
+        dim = self.quantizer.dim
+        check_columns(x, self.shape, start, dim)
+        check_finite(x, "the matrix to encode")
+        width = -(-x.shape[1] // dim)
+        scale = divisor(self.block_scales(start // dim, width).to(x.device))
+        padded = torch.nn.functional.pad(x.float(), (0, width * dim - x.shape[1]))
+        points = padded.view(x.shape[0], width, dim) / scale[..., None]
+        codes = nearest(
+            points.reshape(-1, dim), self._weights(start, x.shape[1], x.device), self.codebook
+        )
+        small = self.quantizer.code_bits <= 8
+        return codes.to(torch.uint8 if small else torch.int32).view(x.shape[0], width)
+
+    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
+        """Values (m, d), float32: codeword * scale."""
+        check_codes(codes, self.quantizer.num_codewords)
+        dim = self.quantizer.dim
+        scale = self.block_scales(start // dim, codes.shape[1]).to(codes.device)
+        values = self.codebook.to(codes.device).float()[codes.long()] * scale[..., None]
+        width = min(codes.shape[1] * dim, self.shape[1] - start)
+        return values.flatten(1)[:, :width]
+
+    def take_rows(self, rows: slice) -> FittedKMeans:
+        scales = Groups(self.shape, self.quantizer.group_size).take_rows(self.scales, rows)
+        shape = sliced_shape(self.shape, rows)
+        return FittedKMeans(self.quantizer, shape, scales, self.codebook, self.importance)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """`code_bits` bits per block, row-major (`coding.bitpack`)."""
+        return pack_bits(codes, self.quantizer.code_bits)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        count = self.shape[0] * self.blocks
+        codes = unpack_bits(packed, self.quantizer.code_bits, count)
+        return codes.view(self.shape[0], self.blocks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scales": self.scales, "codebook": self.codebook}
+
+    def block_scales(self, first: int, count: int) -> Tensor:
+        """Scales of blocks first .. first + count of every row, broadcastable to (m, count)."""
+        groups = Groups(self.shape, self.quantizer.group_size)
+        if self.scales.shape[1] == 1:
+            return self.scales.float()
+        columns = torch.arange(first, first + count, device=self.scales.device)
+        return self.scales[:, columns * self.quantizer.dim // groups.width].float()
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Squared norms of the blocks of some rows, in units of the matrix, flat."""
+        pad = self.blocks * self.quantizer.dim - rows.shape[1]
+        x = torch.nn.functional.pad(rows.float(), (0, pad))
+        return x.view(rows.shape[0], self.blocks, -1).square().sum(-1).flatten()
+
+    def _weights(self, start: int, size: int, device: torch.device) -> Tensor:
+        """(1, dim) or (blocks, dim): importance of the columns, zero for those that are missing."""
+        dim = self.quantizer.dim
+        if self.importance is None and size % dim == 0:
+            return torch.ones(1, dim, device=device)
+        weights = torch.ones(size) if self.importance is None else self.importance
+        if self.importance is not None:
+            weights = weights[start : start + size]
+        padded = torch.nn.functional.pad(weights.float().to(device), (0, -size % dim))
+        return padded.view(-1, dim)
+
+
+def floored(importance: Tensor) -> Tensor:
+    """Importance over its mean, float32, none below a thousandth; ones if all is zero."""
+    mean = float(importance.double().mean())
+    if mean == 0:
+        return torch.ones_like(importance, dtype=torch.float32)
+    return (importance.double() / mean).clamp(min=_LEAST_IMPORTANCE).float()
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """Scales to divide by; what has scale 0 becomes 0."""
+    return torch.where(scale == 0, torch.inf, scale)
+
+
+def relative(scale: Tensor) -> Tensor:
+    """Scales over their largest, so that squares neither overflow nor vanish."""
+    largest = float(scale.max())
+    return scale / largest if largest > 0 else torch.ones_like(scale)
+
+
+def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
+    """Codebook (K, dim), float32, of points (N, dim) under weights (N, dim), both on the CPU.
+
+    k-means++ on all points, then Lloyd's steps until the error falls by less than 1e-5 of
+    itself. Pure: neither argument is changed.
+    """
+    from convex_caldera.quantizers import kmeans_kernels as kernels
+
+    x, w = points.contiguous().numpy(), weights.float().contiguous().numpy()
+    random = generator(quantizer.seed, f"{tuple(points.shape)}", "k-means seeding")
+    draws = torch.rand(quantizer.num_codewords, generator=random, dtype=torch.float64)
+    codebook = kernels.seed_codebook(x, w, draws.numpy())
+    last = float("inf")
+    for _ in range(quantizer.iterations):
+        codes, errors = kernels.nearest(x, w, codebook)
+        total = float(errors.sum(dtype="float64"))
+        means, members = kernels.centroids(x, w, codes, codebook)
+        codebook = means.astype("float32")
+        empty = (members == 0).nonzero()[0]
+        worst = (-errors).argsort(kind="stable")[: empty.size]
+        worst = worst[errors[worst] > 0]
+        codebook[empty[: worst.size]] = x[worst]
+        if not worst.size and last - total <= _TOLERANCE * total:
+            break
+        last = total
+    return torch.from_numpy(codebook)
+
+
+def nearest(x: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+    """Codes (N,), int32, of x (N, dim): compiled on the CPU, plain torch elsewhere.
+
+    `weights` (P, dim): row i mod P serves point i.
+    """
+    if x.device.type != "cpu":
+        return nearest_plain(x, weights, codebook.to(x.device))
+    from convex_caldera.quantizers import kmeans_kernels as kernels
+
+    table = codebook.float().contiguous().numpy()
+    points, w = x.detach().contiguous().numpy(), weights.contiguous().numpy()
+    return torch.from_numpy(kernels.nearest(points, w, table)[0])
+
+
+def nearest_plain(x: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+    """The same by differences of all pairs, in chunks."""
+    table = codebook.float()
+    w = weights.repeat(-(-x.shape[0] // weights.shape[0]), 1)[: x.shape[0]]
+    step = max(1, _CHUNK // table.shape[0])
+    codes = []
+    for points, part in zip(x.split(step), w.split(step), strict=True):
+        gaps = (points[:, None, :] - table).square_() * part[:, None, :]
+        codes.append(gaps.sum(-1).argmin(1))
+    return torch.cat(codes).int()
