@@ -164,6 +164,20 @@ def test_surrogate_infeasible_budget_names_the_least():
     assert solve_surrogate([model], 200.0).bits == (2.0,)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("count", range(1, 12))
+def test_surrogate_at_the_least_budget_is_b_min_in_any_order_of_summation(count, alpha):
+    models = [RateModel(f"g{g}", 7, alpha, 1.0, 1.386, (0.1 + 0.1 * g, 4.0)) for g in range(count)]
+    products = [model.weights * model.bits[0] for model in models]
+    for budget in (sum(products), sum(reversed(products)), math.fsum(products)):
+        found = solve_surrogate(models, budget)
+        assert found.bits == pytest.approx([model.bits[0] for model in models])
+        assert found.used_bits <= found.budget_bits == pytest.approx(budget, rel=1e-14)
+        assert 0 <= found.surrogate_gap <= GAP
+        if alpha == 0.0:
+            assert found.primal == found.dual == found.price == 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

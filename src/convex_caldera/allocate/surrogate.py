@@ -31,6 +31,7 @@ from convex_caldera.allocate.menu import Floats, lower_hull
 from convex_caldera.errors import DataError, InfeasibleBudgetError, RecipeError
 
 HIGH_RATE_DECAY = 2 * math.log(2)  # 6.02 dB per bit: distortion falls fourfold (Bennett 1948)
+SUM_ROUNDING = 1e-14  # relative; within it sums of p b_min in different orders are one budget
 BISECTIONS = 200  # halvings of log nu; stops earlier when the bracket cannot shrink
 
 
@@ -143,17 +144,22 @@ def solve_surrogate(models: Sequence[RateModel], budget_bits: float) -> Allocati
     """
     if not models:
         raise DataError("the surrogate has no groups; there is nothing to allocate")
-    least = sum(model.weights * model.bits[0] for model in models)
-    if least > budget_bits:
-        raise InfeasibleBudgetError(
-            f"the budget of {budget_bits} bits is below sum p b_min = {least} bits; raise it or "
-            "lower b_min",
-            math.ceil(least),
-        )
     paths = _Paths(models)
-    price = _search_price(paths, budget_bits)
-    rates = paths.rates(price)
-    return _allocation(models, paths, rates, price, budget_bits)
+    budget = _feasible_budget(paths, budget_bits)
+    price = _search_price(paths, budget)
+    return _allocation(models, paths, paths.rates(price), price, budget)
+
+
+def _feasible_budget(paths: _Paths, budget_bits: float) -> float:
+    """The budget; the least feasible one where it falls short of that by a rounded sum only."""
+    least = paths.used(np.zeros_like(paths.width))
+    if budget_bits >= least * (1.0 - SUM_ROUNDING):
+        return max(float(budget_bits), least)
+    raise InfeasibleBudgetError(
+        f"the budget of {budget_bits} bits is below sum p b_min = {least} bits; raise it or "
+        "lower b_min",
+        math.ceil(least),
+    )
 
 
 class _Paths:
@@ -194,7 +200,7 @@ class _Paths:
         return np.clip(wanted, 0.0, self.width)
 
     def used(self, rates: Floats) -> float:
-        return float(self.weights @ (self.least + rates.sum(axis=1)))
+        return math.fsum(self.weights * (self.least + rates.sum(axis=1)))
 
     def value(self, rates: Floats) -> Floats:
         """v_g at given segment widths."""
@@ -244,7 +250,7 @@ def _allocation(
     dual = primal + price * (used - budget)
     bits = paths.least + np.where(paths.is_bits, rates, 0.0).sum(axis=1)
     factors = np.where(paths.is_bits, 0.0, rates).sum(axis=1)
-    tiny = np.finfo(float).tiny
+    tiny = float(np.finfo(float).tiny)
     return Allocation(
         tuple(bits.tolist()),
         tuple(factors.tolist()),
