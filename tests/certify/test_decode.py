@@ -15,7 +15,16 @@ from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import FormatError
 from convex_caldera.linalg.hadamard import base_order, rotate
-from convex_caldera.quantizers import E8P, Minifloat, MXInt, NormalFloat, Trellis, Uniform
+from convex_caldera.quantizers import (
+    E8P,
+    DoubleScale,
+    Minifloat,
+    MXInt,
+    NormalFloat,
+    StripOrder,
+    Trellis,
+    Uniform,
+)
 from convex_caldera.recipes.records import to_record
 from convex_caldera.storage.shard import NAMES
 from convex_caldera.transforms.diagonal import Diagonal
@@ -46,6 +55,10 @@ ALL = [
     Trellis(2.5, 8, "weyl"),
     Trellis(1.0625, 4, "mul2", row_scales=True),
     Trellis(2.0, 10, "mul1", chain=4, encoder="beam", survivors=4),
+    DoubleScale(NormalFloat(2, -1), 9, super_group=3),
+    DoubleScale(E8P(2), 0, scale_bits=3),
+    StripOrder(NormalFloat(2, 8), 4),
+    StripOrder(DoubleScale(Uniform(3, -1), 16), 16, index_bits=16),
 ]
 
 

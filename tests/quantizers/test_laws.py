@@ -11,7 +11,15 @@ from torch import Tensor
 from convex_caldera import quantizers
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
-from convex_caldera.quantizers import E8P, Minifloat, MXInt, NormalFloat, Trellis, Uniform
+from convex_caldera.quantizers import (
+    E8P,
+    DoubleScale,
+    Minifloat,
+    MXInt,
+    NormalFloat,
+    Trellis,
+    Uniform,
+)
 
 EXAMPLES: list[Quantizer] = [
     Uniform(1, 16),
@@ -39,6 +47,8 @@ EXAMPLES: list[Quantizer] = [
     E8P(4),
     E8P(4, joint_scale=False, neighbors=0),
     Trellis(2.0, state_bits=8),
+    DoubleScale(NormalFloat(3, -1), 16, super_group=4),
+    DoubleScale(Uniform(2, -1), 0, scale_bits=4),
 ]
 # a two-stage search is not exhaustive, a tail-biting trellis searches by a heuristic
 EXACT = [

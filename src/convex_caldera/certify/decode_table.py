@@ -8,6 +8,7 @@ from convex_caldera.certify import (
     decode_hadamard,
     decode_minifloat,
     decode_mxint,
+    decode_nested,
     decode_normal_float,
     decode_trellis,
     decode_uniform,
@@ -15,10 +16,12 @@ from convex_caldera.certify import (
 from convex_caldera.certify.codec import QuantizerFormat, TransformFormat
 
 QUANTIZERS: dict[str, QuantizerFormat] = {
+    "double_scale": decode_nested.DOUBLE_SCALE,
     "e8p": decode_e8p.FORMAT,
     "minifloat": decode_minifloat.FORMAT,
     "mxint": decode_mxint.FORMAT,
     "normal_float": decode_normal_float.FORMAT,
+    "strip_order": decode_nested.STRIP_ORDER,
     "trellis": decode_trellis.FORMAT,
     "uniform": decode_uniform.FORMAT,
 }

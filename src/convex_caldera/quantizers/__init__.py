@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from convex_caldera.core.protocols import Quantizer
+from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.minifloat import Minifloat
 from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.normal_float import NormalFloat
+from convex_caldera.quantizers.strip_order import StripOrder
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 
 TABLE: dict[str, type[Quantizer]] = {
+    "double_scale": DoubleScale,
     "e8p": E8P,
     "minifloat": Minifloat,
     "mxint": MXInt,
     "normal_float": NormalFloat,
+    "strip_order": StripOrder,
     "trellis": Trellis,
     "uniform": Uniform,
 }
 
-__all__ = ["E8P", "TABLE", "MXInt", "Minifloat", "NormalFloat", "Trellis", "Uniform"]
+__all__ = [
+    "E8P",
+    "TABLE",
+    "DoubleScale",
+    "MXInt",
+    "Minifloat",
+    "NormalFloat",
+    "StripOrder",
+    "Trellis",
+    "Uniform",
+]
