@@ -31,62 +31,56 @@ from convex_caldera.errors import FormatError
 
 PREFIX = "inner_"
 MOST_COLUMNS = 1 << 16
-_UNNESTED = ("double_scale", "neural", "strip_order")
 
 
-def _format(kind: str) -> QuantizerFormat:
-    # The table lists this file too, so it can only be looked into once it is complete.
-    from convex_caldera.certify.decode_table import QUANTIZERS
-
-    return QUANTIZERS[kind]
+Formats = Mapping[str, QuantizerFormat]
+Tensors = Mapping[str, Array]
 
 
-def inner_record(*refused: str) -> Option:
-    """Accepts the complete record of a quantizer of any kind but these."""
+def _inner_record(formats: Formats) -> Option:
+    """Accepts the complete record of a quantizer of one of these kinds."""
 
     def fits(value: Any) -> bool:
-        from convex_caldera.certify.decode_table import QUANTIZERS
-
         kind = value.get("kind") if isinstance(value, dict) else None
-        if not isinstance(kind, str) or kind not in QUANTIZERS or kind in refused:
+        if not isinstance(kind, str) or kind not in formats:
             return False
-        check_record(value, QUANTIZERS[kind].options, f"inner {kind}")
+        check_record(value, formats[kind].options, f"inner {kind}")
         return True
 
     return fits
 
 
-def _inner_layout(record: Record, shape: Shape) -> Layout:
-    inner = _format(record["inner"]["kind"]).layout(record["inner"], shape)
+def _inner_layout(formats: Formats, record: Record, shape: Shape) -> Layout:
+    inner = formats[record["inner"]["kind"]].layout(record["inner"], shape)
     return {name if name == "codes" else PREFIX + name: item for name, item in inner.items()}
 
 
 def _inner_values(
-    record: Record, shape: Shape, tensors: Mapping[str, Array]
+    formats: Formats, record: Record, shape: Shape, tensors: Tensors
 ) -> NDArray[np.float32]:
     inner = {
         name.removeprefix(PREFIX): tensor
         for name, tensor in tensors.items()
         if name.startswith(PREFIX) or name == "codes"
     }
-    return _format(record["inner"]["kind"]).decode(record["inner"], shape, inner)
+    return formats[record["inner"]["kind"]].decode(record["inner"], shape, inner)
 
 
 # --- double_scale ---------------------------------------------------------------------------
 
 
-def _scale_layout(record: Record, shape: Shape) -> Layout:
+def scale_layout(record: Record, shape: Shape) -> Layout:
+    """What the scales take, whatever they scale."""
     rows, groups = grid(shape, record["group_size"])
     count = rows * groups
     return {
-        **_inner_layout(record, shape),
         "scale_codes": ("U8", (packed_size(count, record["scale_bits"]),)),
         "steps": ("F32", (-(-count // record["super_group"]),)),
         "offset": ("F32", (1,)),
     }
 
 
-def double_scales(record: Record, shape: Shape, tensors: Mapping[str, Array]) -> Array:
+def double_scales(record: Record, shape: Shape, tensors: Tensors) -> Array:
     """(m, groups) float32: offset + code * step, in float32."""
     rows, groups = grid(shape, record["group_size"])
     codes = unpack(tensors["scale_codes"], record["scale_bits"], rows * groups)
@@ -97,24 +91,24 @@ def double_scales(record: Record, shape: Shape, tensors: Mapping[str, Array]) ->
     return (offset + codes.astype(np.float32) * wide).reshape(rows, groups)
 
 
-def _scale_decode(
-    record: Record, shape: Shape, tensors: Mapping[str, Array]
-) -> NDArray[np.float32]:
-    scale = spread(double_scales(record, shape, tensors), shape, record["group_size"])
-    values: NDArray[np.float32] = _inner_values(record, shape, tensors) * scale
-    return values
+def double_scale(formats: Formats) -> QuantizerFormat:
+    """The format of `double_scale` around quantizers of these kinds."""
 
+    def layout(record: Record, shape: Shape) -> Layout:
+        return {**_inner_layout(formats, record, shape), **scale_layout(record, shape)}
 
-DOUBLE_SCALE = QuantizerFormat(
-    {
-        "inner": inner_record(*_UNNESTED),
+    def decode(record: Record, shape: Shape, tensors: Tensors) -> NDArray[np.float32]:
+        scale = spread(double_scales(record, shape, tensors), shape, record["group_size"])
+        values: NDArray[np.float32] = _inner_values(formats, record, shape, tensors) * scale
+        return values
+
+    options = {
+        "inner": _inner_record(formats),
         "group_size": integer(0),
         "scale_bits": integer(2, 8),
         "super_group": integer(1),
-    },
-    _scale_layout,
-    _scale_decode,
-)
+    }
+    return QuantizerFormat(options, layout, decode)
 
 
 # --- strip_order ----------------------------------------------------------------------------
@@ -126,26 +120,39 @@ def _width(record: Record, columns: int) -> int:
     return record["index_bits"] or max((columns - 1).bit_length(), 1)
 
 
-def _order_layout(record: Record, shape: Shape) -> Layout:
-    indices = -(-shape[0] // record["strip"]) * shape[1]
-    size = packed_size(indices, _width(record, shape[1]))
-    return {**_inner_layout(record, shape), "order": ("U8", (size,))}
+def strip_order(formats: Formats) -> QuantizerFormat:
+    """The format of `strip_order` around quantizers of these kinds."""
+
+    def layout(record: Record, shape: Shape) -> Layout:
+        indices = -(-shape[0] // record["strip"]) * shape[1]
+        size = packed_size(indices, _width(record, shape[1]))
+        return {**_inner_layout(formats, record, shape), "order": ("U8", (size,))}
+
+    def decode(record: Record, shape: Shape, tensors: Tensors) -> NDArray[np.float32]:
+        order = _orders(record, shape, tensors["order"])
+        values = _inner_values(formats, record, shape, tensors)
+        W = np.empty_like(values)
+        for i in range(len(order)):
+            rows = slice(i * record["strip"], min((i + 1) * record["strip"], shape[0]))
+            W[rows, order[i]] = values[rows]
+        return W
+
+    options = {
+        "inner": _inner_record(formats),
+        "strip": integer(1),
+        "index_bits": lambda value: type(value) is int and value in (0, 16),
+    }
+    return QuantizerFormat(options, layout, decode)
 
 
-def _order_decode(
-    record: Record, shape: Shape, tensors: Mapping[str, Array]
-) -> NDArray[np.float32]:
+def _orders(record: Record, shape: Shape, packed: Array) -> NDArray[np.int64]:
+    """(strips, n), every row a permutation."""
     m, n = shape
     strips, bits = -(-m // record["strip"]), _width(record, n)
-    order = _wide_codes(tensors["order"], bits, strips * n).reshape(strips, n)
+    order = _wide_codes(packed, bits, strips * n).reshape(strips, n)
     if not np.array_equal(np.sort(order, axis=1), np.broadcast_to(np.arange(n), order.shape)):
         raise FormatError("order must list every column once in each strip")
-    values = _inner_values(record, shape, tensors)
-    W = np.empty_like(values)
-    for i in range(strips):
-        rows = slice(i * record["strip"], min((i + 1) * record["strip"], m))
-        W[rows, order[i]] = values[rows]
-    return W
+    return order
 
 
 def _wide_codes(packed: Array, bits: int, count: int) -> NDArray[np.int64]:
@@ -156,14 +163,3 @@ def _wide_codes(packed: Array, bits: int, count: int) -> NDArray[np.int64]:
         raise FormatError(f"{count} indices of {bits} bits: wrong length, or spare bits not zero")
     weights = 1 << np.arange(bits, dtype=np.int64)
     return stream[: count * bits].reshape(count, bits) @ weights
-
-
-STRIP_ORDER = QuantizerFormat(
-    {
-        "inner": inner_record("neural", "strip_order"),
-        "strip": integer(1),
-        "index_bits": lambda value: type(value) is int and value in (0, 16),
-    },
-    _order_layout,
-    _order_decode,
-)

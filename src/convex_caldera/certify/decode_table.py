@@ -15,16 +15,16 @@ from convex_caldera.certify import (
 )
 from convex_caldera.certify.codec import QuantizerFormat, TransformFormat
 
-QUANTIZERS: dict[str, QuantizerFormat] = {
-    "double_scale": decode_nested.DOUBLE_SCALE,
+PLAIN: dict[str, QuantizerFormat] = {
     "e8p": decode_e8p.FORMAT,
     "minifloat": decode_minifloat.FORMAT,
     "mxint": decode_mxint.FORMAT,
     "normal_float": decode_normal_float.FORMAT,
-    "strip_order": decode_nested.STRIP_ORDER,
     "trellis": decode_trellis.FORMAT,
     "uniform": decode_uniform.FORMAT,
 }
+SCALED = PLAIN | {"double_scale": decode_nested.double_scale(PLAIN)}
+QUANTIZERS = SCALED | {"strip_order": decode_nested.strip_order(SCALED)}
 TRANSFORMS: dict[str, TransformFormat] = {
     "diagonal": decode_columns.DIAGONAL,
     "hadamard": decode_hadamard.FORMAT,
