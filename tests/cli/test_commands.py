@@ -226,6 +226,82 @@ def test_calibrate_saves_every_input(compressed: Any, text: Path, tmp_path: Path
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "statistics").iterdir()}
 
 
+def test_verify_recomputes_errors_from_model_and_statistics(
+    compressed: Any, text: Path, tmp_path: Path
+) -> None:
+    output, statistics = compressed("caldera"), tmp_path / "statistics"
+    ran = run(
+        "calibrate", output.model, "-o", statistics, "--dataset", text,
+        "--nsamples", NSAMPLES, "--seqlen", SEQLEN,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    directory, model = output.directory, output.model
+    weighted = run("verify", directory, "--model", model, "--hessians", statistics)
+    assert weighted.code == 0, weighted.out
+    assert "weighted error" in weighted.out
+    assert run("verify", directory, "--model", compressed("rtn", seed=1).model).code == 4
+    lonely = run("verify", directory, "--hessians", statistics)
+    assert lonely.code == 2 and "model" in lonely.err
+
+
+CURVES = {
+    "groups": [
+        {
+            "name": name,
+            "weights": 100,
+            "options": [
+                {"label": f"{bits}b", "bits": 100 * bits, "distortion": scale * 4.0**-bits}
+                for bits in (2, 3, 4)
+            ],
+        }
+        for name, scale in (("loud", 16.0), ("quiet", 1.0))
+    ],
+    "ties": [],
+}
+
+
+def test_allocate_solves_saved_curves(tmp_path: Path) -> None:
+    curves = tmp_path / "curves.json"
+    curves.write_text(json.dumps(CURVES))
+    ran = run("allocate", curves, "--budget", 600, "--frontier", json_to=tmp_path / "plan.json")
+    assert ran.code == 0, ran.err
+    assert ran.json["choice"] == {"loud": "4b", "quiet": "2b"}
+    assert ran.json["bits"] == 600 and ran.json["plan_gap"] >= 0
+    assert ran.json["bound"] <= ran.json["distortion"] == 16 / 256 + 1 / 16
+    assert ran.json["price"] >= 0 and len(ran.json["frontier"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "content", "code", "message"),
+    [
+        (["--budget", "399"], CURVES, 3, "400"),
+        ([], CURVES, 2, "--budget"),
+        (["--budget", "600"], {"groups": []}, 2, "groups"),
+        (["--budget", "600"], {**CURVES, "colour": 1}, 2, "colour"),
+        (["--budget", "600"], None, 2, "curves.json"),
+    ],
+)
+def test_allocate_refuses(
+    tmp_path: Path, arguments: list[str], content: Any, code: int, message: str
+) -> None:
+    curves = tmp_path / "curves.json"
+    if content is not None:
+        curves.write_text(json.dumps(content))
+    ran = run("allocate", curves, *arguments)
+    assert ran.code == code and message in ran.err and "Traceback" not in ran.err
+
+
+def test_report_is_one_page(compressed: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    directories = [compressed(method).directory for method in ("convex-caldera", "rtn")]
+    ran = run("report", *directories, "-o", tmp_path / "report", json_to=tmp_path / "report.json")
+    assert ran.code == 0, ran.err
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "<html" in page and 'src="http' not in page and 'href="http' not in page
+    assert list((tmp_path / "report").glob("*.png"))
+    assert ran.json
+
+
 def test_methods_lists_them_all(tmp_path: Path) -> None:
     ran = run("methods", json_to=tmp_path / "methods.json")
     assert ran.code == 0
@@ -235,8 +311,8 @@ def test_methods_lists_them_all(tmp_path: Path) -> None:
 
 
 COMMANDS = [
-    "compress", "plan", "calibrate", "eval", "inspect", "generate", "verify", "export", "methods",
-    "demo",
+    "compress", "plan", "calibrate", "allocate", "demo", "eval", "inspect", "generate", "verify",
+    "report", "export", "distortion", "methods",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -116,6 +117,27 @@ def test_every_method_keeps_its_budget(
     assert report["planned_bytes"] == on_disk["compressed"]
     # No more is left over than the next rung of some layer would take.
     assert summary.budget_bytes - on_disk["compressed"] < 0.2 * WEIGHTS / 8
+
+
+def test_ties_and_menus_are_obeyed(wide: Path, text: Path, tmp_path: Path) -> None:
+    wish = {
+        "bits": 4.5,
+        "tie": ("q_proj,k_proj,v_proj", "gate_proj,up_proj"),
+        "bits_menu": "2,3,4,5",
+        "rank_menu": "0,2",
+    }
+    compress_to(make(wide, "convex-caldera", text, **wish), tmp_path / "out")
+    container = open_container(tmp_path / "out")
+    certificate = json.loads(
+        (tmp_path / "out" / "convex_caldera" / "certificate.json").read_text(encoding="utf-8")
+    )
+    label = {name.rpartition(".")[2]: text for name, text in certificate["plan"]["choice"].items()}
+    assert label["q_proj"] == label["k_proj"] == label["v_proj"]
+    assert label["gate_proj"] == label["up_proj"]
+    for name, (_, spec) in container.layers.items():
+        (codes,) = [term for term in spec["terms"] if term["kind"] == "coded"]
+        assert codes["quantizer"]["bits"] in (2, 3, 4, 5), name
+    assert {layer["rank"] for layer in container.report()["layers"].values()} <= {0, 2}
 
 
 def test_pins_and_ignored_layers_are_obeyed(wide: Path, text: Path, tmp_path: Path) -> None:

@@ -53,9 +53,5 @@ def solve_curves(path: Path, budget: int | None, whole_frontier: bool) -> Solved
     plan = None if budget is None else allocate(curves, budget)
     points: tuple[dict[str, Any], ...] = ()
     if whole_frontier:
-        front = frontier(curves)
-        points = tuple(
-            {"bits": int(bits), "distortion": float(distortion)}
-            for bits, distortion in zip(front.bits, front.distortion, strict=True)
-        )
+        points = tuple(frontier(curves).points())
     return Solved(plan, points)
