@@ -77,7 +77,11 @@ class HiddenStates:
     def output(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """Block `index` on one batch; the stored hidden states stay as they are."""
         with torch.no_grad():
-            return self._calls[batch][index](block, self.hidden(batch))
+            return self.call(index, block, batch)
+
+    def call(self, index: int, block: nn.Module, batch: int) -> Tensor:
+        """The same with gradients, for training the block."""
+        return self._calls[batch][index](block, self.hidden(batch))
 
     def put(self, batch: int, hidden: Tensor) -> None:
         """Store the hidden states of one batch."""
@@ -90,14 +94,15 @@ class HiddenStates:
 
     def logits(self) -> Iterator[Tensor]:
         """Logits (samples, length, vocabulary) of every batch, after all blocks."""
+        with self.skeleton.loaded_outside() as model:
+            for batch in range(len(self)):
+                yield self.leave(model, batch)
+
+    def leave(self, model: nn.Module, batch: int) -> Tensor:
+        """Logits of one batch, after all blocks; `model` has what lies outside of them loaded."""
         structure = self.skeleton.structure
         last = len(structure.blocks) - 1
-        with self.skeleton.loaded_outside() as model:
-            for batch, tokens in enumerate(self.batches):
-                yield self._leave(model, tokens, self.hidden(batch), last)
-
-    def _leave(self, model: nn.Module, tokens: Tensor, hidden: Tensor, last: int) -> Tensor:
-        structure = self.skeleton.structure
+        tokens, hidden = self.batches[batch], self.hidden(batch)
 
         def handler(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             passing = hidden if index == last else split_call(args, kwargs)[0]
