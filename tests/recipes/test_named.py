@@ -9,18 +9,34 @@ from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recip
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.backfit import fit_layer
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 from convex_caldera.recipes.convex import convex_caldera_recipe, menu_ranks, rates, trellis_recipe
 from convex_caldera.recipes.ladder import Wishes
 from convex_caldera.recipes.lattice import caldera_recipe, quip_sharp_recipe
+from convex_caldera.recipes.lqer import (
+    l2qer_recipe,
+    lqer_recipe,
+    no_lqer_recipe,
+    qera_approx_recipe,
+    qera_exact_recipe,
+)
 from convex_caldera.recipes.records import from_record, from_toml, recipe_hash, to_record, to_toml
 from convex_caldera.recipes.scalar import normal_float_recipe, uniform_recipe
 from convex_caldera.recipes.table import METHODS, method
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 from tests.problems import acceptance_case
+
+MXINT4, MXINT8 = MXInt(4, 16), MXInt(8, 32)
+
+
+def error_reconstruction(metric: str) -> Recipe:
+    factors = FactorCoding(MXINT8, iterations=1, feedback=False)
+    return Recipe((Quantize(MXINT4, "identity"), FitLowRank(8, metric, factors)), damping=0.0)
+
 
 ROTATED = (RandomizedHadamard(),)
 SHAPES = [(48, 48), (24, 48), (112, 48), (48, 112), (96, 288), (288, 96)]
@@ -54,6 +70,14 @@ HAND_BUILT = {
             sweeps=6,
         ),
     ),
+    "no-lqer": (
+        no_lqer_recipe(MXINT4),
+        Recipe((Quantize(MXINT4, "identity"),), damping=0.0),
+    ),
+    "lqer": (lqer_recipe(MXINT4, 8), error_reconstruction("identity")),
+    "l2qer": (l2qer_recipe(MXINT4, 8), error_reconstruction("mean_abs")),
+    "qera-approx": (qera_approx_recipe(MXINT4, 8), error_reconstruction("diagonal")),
+    "qera-exact": (qera_exact_recipe(MXINT4, 8), error_reconstruction("full")),
     "convex-caldera": (
         convex_caldera_recipe(2.5, rank=4, factor_bits=16),
         Recipe(

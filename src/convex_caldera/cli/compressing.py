@@ -31,6 +31,8 @@ def compress(
     rank: opt.Rank = None,
     factor_bits: opt.FactorBits = None,
     group_size: opt.GroupSize = None,
+    format: opt.Format = None,
+    factor_format: opt.FactorFormat = None,
     dataset: opt.Dataset = None,
     nsamples: opt.NSamples = None,
     seqlen: opt.SeqLen = None,
@@ -58,7 +60,8 @@ def compress(
         config,
         opt.given(
             model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
-            factor_bits=factor_bits, group_size=group_size, dataset=dataset, nsamples=nsamples,
+            factor_bits=factor_bits, group_size=group_size, format=format,
+            factor_format=factor_format, dataset=dataset, nsamples=nsamples,
             seqlen=seqlen, seed=seed, device=device, dtype=dtype, ignore=ignore, pin=pin, tie=tie,
             bits_menu=bits_menu, rank_menu=rank_menu, curvature=curvature,
             allow_short=allow_short,
@@ -85,6 +88,8 @@ def plan(
     pin: opt.Pin = None,
     config: opt.Config = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every layer.")] = False,
+    format: opt.Format = None,
+    factor_format: opt.FactorFormat = None,
     json: opt.Json = None,
 ) -> None:
     """Dry run from shapes alone: bits per layer, disk and peak memory, before a weight is read."""
@@ -94,7 +99,8 @@ def plan(
         config,
         opt.given(
             model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
-            factor_bits=factor_bits, group_size=group_size, nsamples=nsamples, seqlen=seqlen,
+            factor_bits=factor_bits, group_size=group_size, format=format,
+            factor_format=factor_format, nsamples=nsamples, seqlen=seqlen,
             ignore=ignore, pin=pin,
         ),
     )  # fmt: skip

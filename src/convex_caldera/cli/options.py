@@ -34,6 +34,14 @@ FactorBits = Annotated[
 GroupSize = Annotated[
     int | None, typer.Option("--group-size", help="Weights that share a scale; 0 is a whole row.")
 ]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="Of the codes: mxint, mxint4/16, int4/128, nf4, e2m1, ..."),
+]
+FactorFormat = Annotated[
+    str | None,
+    typer.Option("--factor-format", help="Of the factors: mxint8/32, int8, ..., float16."),
+]
 Dataset = Annotated[
     str | None,
     typer.Option(

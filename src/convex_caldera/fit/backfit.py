@@ -223,7 +223,8 @@ def fit_factors(
     if step.factors is None or step.rank == 0:
         return dense_factors(left, right)
     if step.metric == "full":
-        metric, feedback = hessian.damped, hessian.unit_upper(step.factors.quantizer.block)
+        metric, block = hessian.damped, step.factors.quantizer.block
+        feedback = hessian.unit_upper(block) if step.factors.feedback else None
     else:
         diagonal = torch.ones(len(hessian), dtype=torch.float64) if H is None else H
         metric, feedback = torch.diag(diagonal.to(residual.device)), None

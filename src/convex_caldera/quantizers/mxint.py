@@ -58,7 +58,7 @@ class MXInt:
         RecipeError: an option out of range.
     """
 
-    bits: int
+    bits: int = 4
     group_size: int = 32
     exponent_bits: int = EXPONENT_BITS
     exponent_rule: ExponentRule = "ocp"

@@ -25,12 +25,16 @@ class Wishes:
         factor_bits: bits of the factors' entries, 2 to 4 (coded) or 16 (float16).
         group_size: weights sharing a scale, for scalar quantizers; 0 is a whole row.
         bits: code bits of the quantizer, to pin one rung.
+        format, factor_format: names of number formats (`recipes.formats`), for methods that take
+            any scalar format.
     """
 
     rank: int | None = None
     factor_bits: int = 4
     group_size: int | None = None
     bits: float | None = None
+    format: str | None = None
+    factor_format: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 0:

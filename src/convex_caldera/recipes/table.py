@@ -6,6 +6,13 @@ from convex_caldera.errors import RecipeError
 from convex_caldera.recipes.convex import convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.ladder import Method
 from convex_caldera.recipes.lattice import caldera_ladder, quip_sharp_ladder
+from convex_caldera.recipes.lqer import (
+    l2qer_ladder,
+    lqer_ladder,
+    no_lqer_ladder,
+    qera_approx_ladder,
+    qera_exact_ladder,
+)
 from convex_caldera.recipes.scalar import gptq_ladder, normal_float_ladder, rtn_ladder
 
 METHODS: dict[str, Method] = {
@@ -55,6 +62,38 @@ METHODS: dict[str, Method] = {
         "E8 lattice codes plus a low-rank term with coded factors, fitted in alternation.",
         "Saha et al., CALDERA, arXiv 2405.18886",
         caldera_ladder,
+    ),
+    "no-lqer": Method(
+        "no-lqer",
+        "Nearest rounding to MXINT or another scalar format: LQER's baseline without low rank.",
+        "Zhang et al., LQER, arXiv 2402.02446",
+        no_lqer_ladder,
+        curvature="none",
+    ),
+    "lqer": Method(
+        "lqer",
+        "Nearest rounding, then the truncated SVD of its error in a format of its own.",
+        "Zhang et al., LQER, arXiv 2402.02446",
+        lqer_ladder,
+        curvature="none",
+    ),
+    "l2qer": Method(
+        "l2qer",
+        "LQER with the error scaled by the mean magnitude of each input channel.",
+        "Zhang et al., LQER, arXiv 2402.02446",
+        l2qer_ladder,
+    ),
+    "qera-approx": Method(
+        "qera-approx",
+        "LQER with the error scaled by the root mean square of each input channel.",
+        "Zhang et al., QERA, arXiv 2410.06040",
+        qera_approx_ladder,
+    ),
+    "qera-exact": Method(
+        "qera-exact",
+        "LQER with the low-rank term of least output error under all of E[x x^T].",
+        "Zhang et al., QERA, arXiv 2410.06040",
+        qera_exact_ladder,
     ),
 }
 

@@ -52,6 +52,11 @@ S = TypeVar("S", bound=NamedMatrix)
 _TELLING = {
     "rank": (Wishes(rank=0), Wishes(rank=1)),
     "group_size": (Wishes(group_size=8), Wishes(group_size=16)),
+    "format": (Wishes(format="mxint4"), Wishes(format="int4")),
+    "factor_format": (
+        Wishes(rank=1, factor_format="mxint8"),
+        Wishes(rank=1, factor_format="int8"),
+    ),
     "factor_bits": (Wishes(rank=1, factor_bits=2), Wishes(rank=1, factor_bits=4)),
 }
 
@@ -139,7 +144,13 @@ def make_budget(settings: Settings, weights: int, rest_bytes: int, original_byte
 
 def wishes_of(settings: Settings, name: str) -> Wishes:
     """What the user fixed for one layer: the options, overridden by the first pin that fits."""
-    wishes = Wishes(settings.rank, settings.factor_bits, settings.group_size)
+    wishes = Wishes(
+        settings.rank,
+        settings.factor_bits,
+        settings.group_size,
+        format=settings.format,
+        factor_format=settings.factor_format,
+    )
     for pin in settings.pin:
         pattern, pinned = parse_pin(pin)
         if match((pattern,), name):
@@ -161,7 +172,8 @@ def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Setting
         if getattr(settings, key) and not method.allocates:
             raise RecipeError(f"{method.name} allocates nothing; leave out {key.replace('_', ' ')}")
     given = {key for _, pinned in pins for key in pinned}
-    given |= {key for key in ("rank", "group_size") if getattr(settings, key) is not None}
+    optional = ("rank", "group_size", "format", "factor_format")
+    given |= {key for key in optional if getattr(settings, key) is not None}
     if settings.factor_bits != Wishes().factor_bits:
         given.add("factor_bits")
     for key in sorted(given & set(_TELLING)):

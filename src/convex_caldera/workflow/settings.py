@@ -42,6 +42,8 @@ class Settings(BaseModel):
     rank: Annotated[int, Field(ge=0)] | None = None
     factor_bits: Literal[2, 3, 4, 16] = 4
     group_size: Annotated[int, Field(ge=0)] | None = None
+    format: str | None = None
+    factor_format: str | None = None
     dataset: str = "bundled:calibration"
     nsamples: Annotated[int, Field(ge=1)] = 128
     seqlen: Annotated[int, Field(ge=8)] = 512
