@@ -13,7 +13,10 @@ from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
 from convex_caldera.quantizers import (
     E8P,
+    ClippedUniform,
     DoubleScale,
+    KMeans,
+    LloydMax,
     Minifloat,
     MXInt,
     NormalFloat,
@@ -47,6 +50,17 @@ EXAMPLES: list[Quantizer] = [
     E8P(4),
     E8P(4, joint_scale=False, neighbors=0),
     Trellis(2.0, state_bits=8),
+    ClippedUniform(1),
+    ClippedUniform(3, 7, scale_dtype="float16"),
+    ClippedUniform(4, 0, clip_ratio=0.9),
+    LloydMax(1),
+    LloydMax(3, 16),
+    LloydMax(4, 0, normalize="absmax", scale_dtype="float32"),
+    LloydMax(8, sample_size=100),
+    KMeans(2, 1),
+    KMeans(2.5, 2, group_size=16),
+    KMeans(1, 4, group_size=0, normalize="absmax"),
+    KMeans(1, 8, sample_size=20),
     DoubleScale(NormalFloat(3, -1), 16, super_group=4),
     DoubleScale(Uniform(2, -1), 0, scale_bits=4),
 ]
@@ -54,7 +68,9 @@ EXAMPLES: list[Quantizer] = [
 EXACT = [
     q
     for q in EXAMPLES
-    if q.kind in ("uniform", "normal_float", "mxint", "minifloat") or q == E8P(2)
+    if q.kind
+    in ("uniform", "normal_float", "mxint", "minifloat", "kmeans", "lloyd_max", "clipped_uniform")
+    or q == E8P(2)
 ]
 SHAPES = [(16, 32), (5, 19), (1, 1), (3, 8), (33, 1)]
 
@@ -235,7 +251,7 @@ def test_wrong_shapes_are_refused(quantizer: Quantizer) -> None:
             quantizer.fit(W)
     if quantizer.block > 1:
         with pytest.raises(ShapeError, match="blocks"):
-            fitted.encode(gaussian(16, 12), 0)
+            fitted.encode(gaussian(16, quantizer.block + 1), 0)
 
 
 @every

@@ -11,6 +11,7 @@ import torch
 from convex_caldera import quantizers, transforms
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import FormatError, ShapeError
+from convex_caldera.quantizers import ClippedUniform, KMeans, LloydMax
 from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
@@ -136,6 +137,9 @@ QUANTIZERS = {
     **{f"uniform{b}": Uniform(b, group_size=16, search=False) for b in (1, 2, 3, 5, 8)},
     "nf3": NormalFloat(3, group_size=8),
     "trellis": Trellis(2.0, 6),
+    "lloyd-max": LloydMax(3, group_size=8),
+    "k-means": KMeans(1.25, 4),
+    "clipped": ClippedUniform(3, 0),
     "chained trellis": Trellis(1.5, 6, chain=2, row_scales=True),
     "per row": Uniform(3, group_size=0, symmetric=True, search=False),
 }

@@ -5,6 +5,8 @@ Bit k of the stream is bit k mod 8 of byte k // 8; bits after the last code are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,16 +21,20 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
-def unpack(packed: Array, bits: int, count: int) -> NDArray[np.uint8]:
-    """(count,) codes of 1 to 8 bits. Raises FormatError if spare bits are set."""
+def unpack(packed: Array, bits: int, count: int) -> NDArray[Any]:
+    """(count,) codes of 1 to 16 bits, uint8 up to 8 bits, else uint16.
+
+    Raises FormatError if spare bits are set.
+    """
     spare = 8 * len(packed) - count * bits
     if not 0 <= spare < 8 or (spare and int(packed[-1]) >> (8 - spare)):
         raise FormatError(f"{count} codes of {bits} bits: wrong length, or spare bits not zero")
-    codes = np.empty(count, np.uint8)
-    weights = (1 << np.arange(bits)).astype(np.uint8)
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    codes = np.empty(count, dtype)
+    weights = (1 << np.arange(bits)).astype(dtype)
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         raw = packed[start * bits // 8 : packed_size(stop, bits)]
         stream = np.unpackbits(raw, bitorder="little", count=(stop - start) * bits)
-        codes[start:stop] = (stream.reshape(-1, bits) * weights).sum(axis=1, dtype=np.uint8)
+        codes[start:stop] = (stream.reshape(-1, bits) * weights).sum(axis=1, dtype=dtype)
     return codes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from convex_caldera.certify import (
+    decode_codebooks,
     decode_columns,
     decode_e8p,
     decode_hadamard,
@@ -16,7 +17,10 @@ from convex_caldera.certify import (
 from convex_caldera.certify.codec import QuantizerFormat, TransformFormat
 
 PLAIN: dict[str, QuantizerFormat] = {
+    "clipped_uniform": decode_codebooks.CLIPPED_UNIFORM,
     "e8p": decode_e8p.FORMAT,
+    "kmeans": decode_codebooks.KMEANS,
+    "lloyd_max": decode_codebooks.LLOYD_MAX,
     "minifloat": decode_minifloat.FORMAT,
     "mxint": decode_mxint.FORMAT,
     "normal_float": decode_normal_float.FORMAT,

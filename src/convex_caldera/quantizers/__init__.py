@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from convex_caldera.core.protocols import Quantizer
+from convex_caldera.quantizers.clipped_uniform import ClippedUniform
 from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.kmeans import KMeans
+from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.minifloat import Minifloat
 from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.normal_float import NormalFloat
@@ -13,8 +16,11 @@ from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 
 TABLE: dict[str, type[Quantizer]] = {
+    "clipped_uniform": ClippedUniform,
     "double_scale": DoubleScale,
     "e8p": E8P,
+    "kmeans": KMeans,
+    "lloyd_max": LloydMax,
     "minifloat": Minifloat,
     "mxint": MXInt,
     "normal_float": NormalFloat,
@@ -26,7 +32,10 @@ TABLE: dict[str, type[Quantizer]] = {
 __all__ = [
     "E8P",
     "TABLE",
+    "ClippedUniform",
     "DoubleScale",
+    "KMeans",
+    "LloydMax",
     "MXInt",
     "Minifloat",
     "NormalFloat",

@@ -35,14 +35,17 @@ from convex_caldera.quantizers.groups import (
     round_scales,
     sliced_shape,
 )
-from convex_caldera.quantizers.normalized import Normalize, check_normalize, natural_scales
+from convex_caldera.quantizers.normalized import (
+    Normalize,
+    check_normalize,
+    floored,
+    natural_scales,
+)
 
 MAX_CODE_BITS = 12
 MAX_DIM = 32
 # Points with the longest blocks that every sample holds: a codebook must know its extremes.
 _EXTREMES = 256
-# Importance below this fraction of the mean counts as this: no column is given up.
-_LEAST_IMPORTANCE = 1e-3
 # Relative decrease of the error below which iterations end.
 _TOLERANCE = 1e-5
 _CHUNK = 1 << 18  # blocks per call of the encoder
@@ -66,7 +69,7 @@ class KMeans:
         RecipeError: an option out of range, or two that contradict each other.
     """
 
-    bits: float
+    bits: float = 2.0
     dim: int = 4
     group_size: int = -1
     normalize: Normalize = "rms"
@@ -78,6 +81,7 @@ class KMeans:
     kind: ClassVar[str] = "kmeans"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", float(self.bits))  # 2 and 2.0 have one record
         if not 1 <= self.dim <= MAX_DIM:
             raise RecipeError(f"k-means blocks have 1 to {MAX_DIM} columns, got dim {self.dim}")
         code_bits = self.bits * self.dim
@@ -283,14 +287,6 @@ class FittedKMeans:
         return padded.view(-1, dim)
 
 
-def floored(importance: Tensor) -> Tensor:
-    """Importance over its mean, float32, none below a thousandth; ones if all is zero."""
-    mean = float(importance.double().mean())
-    if mean == 0:
-        return torch.ones_like(importance, dtype=torch.float32)
-    return (importance.double() / mean).clamp(min=_LEAST_IMPORTANCE).float()
-
-
 def divisor(scale: Tensor) -> Tensor:
     """Scales to divide by; what has scale 0 becomes 0."""
     return torch.where(scale == 0, torch.inf, scale)
@@ -306,8 +302,14 @@ def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
     """Codebook (K, dim), float32, of points (N, dim) under weights (N, dim), both on the CPU.
 
     k-means++ on all points, then Lloyd's steps until the error falls by less than 1e-5 of
-    itself. Pure: neither argument is changed.
+    itself; in one dimension the globally best levels. Pure: neither argument is changed.
     """
+    if quantizer.dim == 1:
+        from convex_caldera.quantizers.scalar_levels import best_levels, distinct_points
+
+        flat = distinct_points(points.flatten().double().numpy(), weights.flatten().numpy())
+        levels = best_levels(flat, quantizer.num_codewords, quantizer.iterations)
+        return torch.from_numpy(levels).float()[:, None]
     from convex_caldera.quantizers import kmeans_kernels as kernels
 
     x, w = points.contiguous().numpy(), weights.float().contiguous().numpy()

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import RecipeError
-from convex_caldera.quantizers.groups import PER_TENSOR, Groups, round_scales
+from convex_caldera.quantizers.groups import PER_TENSOR, Groups
 
 Normalize = Literal["rms", "absmax"]
+# Importance below this fraction of the mean counts as this: no column is given up.
+_LEAST_IMPORTANCE = 1e-3
 _CHUNK = 1 << 20  # weights per chunk: float64 temporaries stay small
 
 
@@ -29,17 +31,11 @@ def check_normalize(normalize: str) -> None:
         raise RecipeError(f"normalize is rms or absmax, got {normalize!r}")
 
 
-def group_scales(W: Tensor, group_size: int, normalize: Normalize, dtype: str) -> Tensor:
-    """Root mean square, or largest absolute value, of each group of W (m, n), as stored.
-
-    Raises NumericalError if they do not fit `dtype` (see `groups.round_scales`). Cost: one pass
-    in float64, by chunks.
-    """
-    return round_scales(natural_scales(W, group_size, normalize), dtype)
-
-
 def natural_scales(W: Tensor, group_size: int, normalize: Normalize) -> Tensor:
-    """The same before rounding, float64, in the shape of `Groups.grid`."""
+    """Root mean square, or largest absolute value, of each group of W (m, n), before rounding.
+
+    float64, in the shape of `Groups.grid`. Cost: one pass in float64, by chunks.
+    """
     step = max(1, _CHUNK // W.shape[1])
     parts = []
     for rows in W.split(step):
@@ -62,3 +58,11 @@ def _members(W: Tensor, group_size: int) -> Tensor:
     groups = Groups((m, n), group_size)
     starts = torch.arange(groups.grid[1], device=W.device) * groups.width
     return (n - starts).clamp(max=groups.width).double()
+
+
+def floored(importance: Tensor) -> Tensor:
+    """Importance over its mean, float32, none below a thousandth; ones if all is zero."""
+    mean = float(importance.double().mean())
+    if mean == 0:
+        return torch.ones_like(importance, dtype=torch.float32)
+    return (importance.double() / mean).clamp(min=_LEAST_IMPORTANCE).float()

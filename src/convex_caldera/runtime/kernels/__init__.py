@@ -35,6 +35,7 @@ REFERENCE = Kernel("reference", reference.multiply, reference.multiply_transpose
 # are imported when first used, since compiling kernels takes a while.
 TABLE: dict[tuple[str, str], str] = {
     ("e8p", "cpu"): "lattice_cpu",
+    ("lloyd_max", "cpu"): "scalar_cpu",
     ("minifloat", "cpu"): "scalar_cpu",
     ("mxint", "cpu"): "scalar_cpu",
     ("normal_float", "cpu"): "scalar_cpu",

@@ -31,6 +31,11 @@ def _bit_stream(fitted: Any) -> Planes:
     return ((ROW_STEP * n * bits // 8, (m * n * bits + 7) // 8),)
 
 
+def _codewords(fitted: Any) -> Planes:
+    m, blocks, bits = fitted.shape[0], fitted.blocks, fitted.quantizer.code_bits
+    return ((ROW_STEP * blocks * bits // 8, (m * blocks * bits + 7) // 8),)
+
+
 def _lattice(fitted: Any) -> Planes:
     m, blocks = fitted.shape[0], -(-fitted.shape[1] // 8)
     stages = (2, fitted.quantizer.bits - 2)
@@ -44,6 +49,9 @@ def _tiles(fitted: Any) -> Planes:
 
 
 PLANES: dict[str, Callable[[Any], Planes]] = {
+    "clipped_uniform": _bit_stream,
+    "kmeans": _codewords,
+    "lloyd_max": _bit_stream,
     "uniform": _bit_stream,
     "minifloat": _bit_stream,
     "mxint": _bit_stream,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
 from convex_caldera.quantizers.groups import PER_TENSOR, Groups
+from convex_caldera.quantizers.lloyd_max import FittedLloydMax
 from convex_caldera.quantizers.minifloat import FittedMinifloat
 from convex_caldera.quantizers.mxint import FittedMXInt
 from convex_caldera.quantizers.normal_float import FittedNormalFloat, levels
@@ -28,7 +29,7 @@ from convex_caldera.runtime.kernels.reference import (
 )
 
 Array = NDArray[np.float32]
-Scalar = FittedUniform | FittedNormalFloat | FittedMinifloat | FittedMXInt
+Scalar = FittedUniform | FittedNormalFloat | FittedLloydMax | FittedMinifloat | FittedMXInt
 
 
 def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
@@ -67,6 +68,8 @@ def _grid(fitted: Scalar) -> tuple[Array, Array, Array]:
     bits = fitted.quantizer.bits
     if isinstance(fitted, FittedNormalFloat):
         return levels(bits).numpy(), scales, no_zeros
+    if isinstance(fitted, FittedLloydMax):
+        return fitted.levels.float().numpy(), scales, no_zeros
     if isinstance(fitted, FittedMinifloat):
         return fitted.quantizer.levels.numpy(), scales, no_zeros
     codes = np.arange(1 << bits, dtype=np.float32)
