@@ -98,7 +98,7 @@ def save_statistics(
         for field, tensor in statistics.tensors().items()
     }
     file = directory / f"block-{index:05d}.safetensors"
-    _write_atomic(file, save(tensors))
+    write_atomic(file, save(tensors))
     known[index] = {
         "file": file.name,
         "sha256": hash_file(file),
@@ -109,7 +109,7 @@ def save_statistics(
         "provenance": asdict(provenance),
         "blocks": {str(i): known[i] for i in sorted(known)},
     }
-    _write_atomic(directory / INDEX, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(directory / INDEX, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def load_statistics(directory: Path, provenance: Provenance) -> SavedStatistics:
@@ -167,7 +167,7 @@ def _entry(entry: Any, directory: Path) -> dict[str, Any]:
     return entry
 
 
-def _write_atomic(file: Path, content: bytes) -> None:
+def write_atomic(file: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename: a reader sees the old file or the new one."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -1,18 +1,19 @@
-"""Collect and save the input statistics of a model, to be reused and to verify with."""
+"""Collect and save the curvature of a model's layers, to be reused and to verify with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from convex_caldera.calibrate.collect import collect
-from convex_caldera.calibrate.saved import INDEX, Provenance, save_statistics
-from convex_caldera.calibrate.text import fingerprint
-from convex_caldera.errors import ResumeError
+from convex_caldera.calibrate.saved import INDEX
+from convex_caldera.calibrate.saved_curvature import CURVATURE_INDEX
+from convex_caldera.errors import RecipeError, ResumeError
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
+from convex_caldera.workflow.curvatures import gather
 from convex_caldera.workflow.models import usable_device
+from convex_caldera.workflow.planning import chosen_sites
 from convex_caldera.workflow.progress import Progress, Silent
 from convex_caldera.workflow.settings import Settings
 
@@ -20,25 +21,32 @@ from convex_caldera.workflow.settings import Settings
 def calibrate_to(
     settings: Settings, out: Path, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Second moments of every input site of a model, one file per block.
+    """Second moments of every input site, or the curvature of every layer, in the folder `out`.
+
+    `settings.curvature` says which; "auto" is "input". Both may lie in one folder. What is
+    there already is kept and not collected again.
 
     Raises:
         ModelError, DataError, NumericalError, InterruptedRunError: as their names say.
-        ResumeError: `out` holds something else, or statistics of another model or text.
+        RecipeError: the curvature "none", of which there is nothing to save.
+        ResumeError: `out` holds something else, or the statistics of another model or text.
     """
+    kind = "input" if settings.curvature == "auto" else settings.curvature
+    if kind == "none":
+        raise RecipeError("curvature 'none' needs no calibration; choose input or kronecker")
     progress = progress or Silent()
-    if out.exists() and not (out / INDEX).is_file() and (not out.is_dir() or any(out.iterdir())):
+    known = any((out / index).is_file() for index in (INDEX, CURVATURE_INDEX))
+    if out.exists() and not known and (not out.is_dir() or any(out.iterdir())):
         raise ResumeError(f"{out} is not empty and holds no statistics; choose another directory")
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
     tokens = calibration_tokens(settings, skeleton)
-    provenance = Provenance(
-        skeleton.checkpoint.fingerprint, fingerprint(tokens), str(skeleton.dtype).split(".")[-1]
-    )
-    progress.start("blocks", len(skeleton.structure.blocks))
-    sites = 0
-    for block in collect(skeleton, tokens):
-        save_statistics(out, block.index, block.inputs, provenance)
-        sites += len(block.inputs)
-        progress.advance(block.name)
-    return {"output": str(out), "sites": sites, "tokens": tokens.numel()}
+    sites = chosen_sites(skeleton.sites, settings.ignore)
+    curvatures = gather(kind, skeleton, sites, tokens, out, settings.seed, progress)
+    return {
+        "output": str(out),
+        "curvature": kind,
+        "sites": len({site.input_site for site in sites}),
+        "layers": len(sites),
+        "tokens": curvatures.tokens(sites[0]),
+    }

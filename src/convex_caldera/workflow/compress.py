@@ -101,6 +101,7 @@ def compress_to(
     *,
     progress: Progress | None = None,
     workers: int | None = None,
+    hessians: Path | None = None,
 ) -> Summary:
     """Compress a model into the directory `out`; resumes a run that was cut short there.
 
@@ -109,6 +110,8 @@ def compress_to(
         out: written to exactly this folder, which must be empty or hold the same partial run.
         progress: told of every finished step.
         workers: layers fitted at a time; default the number of cores.
+        hessians: statistics or curvature of `calibrate`, to be used instead of collecting them
+            again; what is not there yet is written there and stays.
 
     Raises:
         InfeasibleBudgetError, ModelError, DataError, NumericalError, ResumeError,
@@ -117,10 +120,13 @@ def compress_to(
     started = time.monotonic()
     progress = progress or Silent()
     job = prepare(settings)
+    if hessians is not None and job.curvature == "none":
+        raise RecipeError(f"{settings.method} sees no data; leave out --hessians")
     with PartialRun(out, job.fingerprint()) as run:
         resumed = len(run.done())
         try:
-            plan, certificate = fit_all(job, run, progress, workers or os.cpu_count() or 1)
+            folder = hessians or run.folder / "statistics"
+            plan, certificate = fit_all(job, run, progress, workers or os.cpu_count() or 1, folder)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
                 f"interrupted with {len(run.done())} of {len(job.sites)} layers finished; "
@@ -178,15 +184,18 @@ def budget_of(settings: Settings, source: SourceModel, sites: tuple[Site, ...]) 
 
 
 def fit_all(
-    job: Job, run: PartialRun, progress: Progress, workers: int
+    job: Job, run: PartialRun, progress: Progress, workers: int, statistics: Path
 ) -> tuple[Plan, dict[str, Any] | None]:
-    """Fit and store every layer that is not yet in the run; the plan and its certificate."""
+    """Fit and store every layer that is not yet in the run; the plan and its certificate.
+
+    `statistics` is where the calibration is kept.
+    """
     curvatures = gather(
         job.curvature,
         job.skeleton,
         job.sites,
         job.tokens,
-        run.folder / "statistics",
+        statistics,
         job.settings.seed,
         progress,
     )

@@ -5,7 +5,7 @@
     kronecker   both sides, from gradients of whole sequences; the whole model in memory, and
                 losses are then predicted nats of KL per token
 
-All are gathered once, kept where a resumed run finds them, and asked for layer by layer.
+Those of data are gathered once, kept where a resumed run finds them, and asked for layer by layer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ from convex_caldera.calibrate.saved import (
     SavedStatistics,
     load_statistics,
     save_statistics,
+)
+from convex_caldera.calibrate.saved_curvature import (
+    CurvatureProvenance,
+    has_curvature,
+    load_curvature,
+    save_curvature,
 )
 from convex_caldera.calibrate.text import fingerprint
 from convex_caldera.core.hessian import Hessian
@@ -138,10 +144,11 @@ def gather(
 
     Args:
         kind: see above; without tokens only "none" is possible.
-        folder: where input statistics are kept for a resumed run.
+        folder: where they are kept for a resumed run, or were saved by `calibrate`.
 
     Raises:
         NumericalError, DataError, InterruptedRunError: as `calibrate`.
+        ResumeError: the folder holds those of another model, text or setting.
     """
     if kind == "none" or tokens is None:
         return NoCurvature()
@@ -151,10 +158,45 @@ def gather(
     _check_finite(model)
     count = max(1, round(len(tokens) * (1 - HELD_OUT)))
     used, held_out = tokens[:count], tokens[count:]
-    progress.start("curvature", count)
-    names = [site.name for site in sites]
-    curvatures = sequence_curvature(model, used, names, seed=seed, progress=steps_of(progress))
+
+    def make() -> dict[str, dict[str, Tensor]]:
+        progress.start("curvature", count)
+        names = [site.name for site in sites]
+        found = sequence_curvature(model, used, names, seed=seed, progress=steps_of(progress))
+        return {name: {"input": c.input, "output": c.output} for name, c in found.items()}
+
+    parts = kept_curvature(folder, provenance_of(kind, skeleton, used, seed), sites, make)
+    curvatures = {name: Curvature(p["input"], p["output"], count) for name, p in parts.items()}
     return KroneckerCurvatures(curvatures, model, used, held_out)
+
+
+def provenance_of(
+    kind: CurvatureKind, skeleton: Skeleton, tokens: Tensor, seed: int
+) -> CurvatureProvenance:
+    """What a curvature collected on these tokens depends on."""
+    dtype = str(skeleton.dtype).split(".")[-1]
+    return CurvatureProvenance(
+        kind, skeleton.checkpoint.fingerprint, fingerprint(tokens), dtype, seed
+    )
+
+
+def kept_curvature(
+    folder: Path,
+    provenance: CurvatureProvenance,
+    sites: Sequence[Site],
+    make: Callable[[], Mapping[str, Mapping[str, Tensor]]],
+) -> dict[str, dict[str, Tensor]]:
+    """The matrices of all layers by part, read from `folder`, or made and saved there.
+
+    What is returned was read back in both cases, so that a run does not see whether it was.
+
+    Raises:
+        ResumeError: the folder holds the curvature of another model, text or setting.
+    """
+    blocks = {site.name: site.block for site in sites}
+    if not has_curvature(folder):
+        save_curvature(folder, make(), blocks, provenance)
+    return load_curvature(folder, blocks, provenance)
 
 
 def _check_finite(model: Any) -> None:
