@@ -40,6 +40,7 @@ from convex_caldera.storage.shard import (
 )
 from convex_caldera.storage.source import INDEX, SourceModel
 from convex_caldera.storage.spec import spec_layout
+from convex_caldera.storage.tuned import CompressedSource
 
 SMALL_FILES_BYTES = 1_000_000  # allowance for JSON, TOML and the card
 PACKAGES = ("convex-caldera", "torch", "numpy", "safetensors", "transformers")
@@ -47,7 +48,7 @@ PACKAGES = ("convex-caldera", "torch", "numpy", "safetensors", "transformers")
 
 def assemble(
     run: PartialRun,
-    source: SourceModel,
+    source: SourceModel | CompressedSource,
     layers: Iterable[str],
     *,
     recipe: Mapping[str, Any],
@@ -56,18 +57,21 @@ def assemble(
     card: CardFacts,
     certificate: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    activations: str | None = None,
 ) -> Container:
     """Write the model directory `run.out` from a finished run and remove the work folder.
 
     Args:
         run: holds every layer named in `layers`; it is closed and removed at the very end.
-        source: the original model, for all other tensors, its config and its side files.
+        source: the original model, for all other tensors, its config and its side files; or a
+            finished directory, for the same of a tuned one.
         layers: names of the compressed layers; `<name>.weight` must be in the source.
         recipe: plain dict for recipe.toml, enough to recreate this directory.
         report, provenance: plain JSON for report.json and provenance.json.
         card: facts for README.md.
         certificate: plain JSON for certificate.json, if the plan has one.
         max_shard_bytes: upper limit for one file's tensors.
+        activations: canonical text of what activations are rounded to, for config.json.
 
     Returns:
         The finished directory, opened and verified against its own manifest.
@@ -89,7 +93,7 @@ def assemble(
     total += sum(info.num_bytes for info in rest)
     texts = {
         INDEX: _json({"metadata": {"total_size": total}, "weight_map": weight_map}),
-        "config.json": config_with_quantization(source.config_text, source.config),
+        "config.json": config_with_quantization(source.config_text, source.config, activations),
         "README.md": model_card(card, _sizes(run, names, files, rest)),
         f"{FOLDER}/recipe.toml": to_toml(recipe),
         f"{FOLDER}/report.json": _json(report),
@@ -108,7 +112,7 @@ def assemble(
 
 def _write_weights(
     run: PartialRun,
-    source: SourceModel,
+    source: SourceModel | CompressedSource,
     plans: list[ShardPlan],
     rest_groups: list[list[TensorInfo]],
 ) -> tuple[Files, dict[str, str]]:
@@ -148,9 +152,13 @@ def rest_file_bytes(
     return sum(shard_bytes(group, {"format": "pt"}) for group in groups)
 
 
-def config_with_quantization(text: str, config: Mapping[str, Any]) -> str:
+def config_with_quantization(
+    text: str, config: Mapping[str, Any], activations: str | None = None
+) -> str:
     """config.json with our `quantization_config` appended; the original text is kept verbatim."""
     ours = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    if activations is not None:
+        ours["activations"] = activations
     if config.get("quantization_config") is not None:
         raise ModelError("the model is already quantized; start from the original")
     if "quantization_config" in config:  # an explicit null cannot be kept beside ours
@@ -172,7 +180,7 @@ def provenance_record(source: SourceModel, **facts: Any) -> dict[str, Any]:
     return {"versions": versions, "source_files": source.file_hashes(), **facts}
 
 
-def _entry(run: PartialRun, source: SourceModel, name: str) -> LayerEntry:
+def _entry(run: PartialRun, source: SourceModel | CompressedSource, name: str) -> LayerEntry:
     """A finished layer's place in the shards, checked against the weight that it replaces."""
     spec = run.spec(name)
     shape = tuple(spec["shape"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,7 +95,7 @@ def make_settings(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise RecipeError(_readable(error)) from error
+        raise RecipeError(readable_errors(error, Settings.model_fields)) from error
 
 
 def read_settings(path: Path, **overrides: Any) -> Settings:
@@ -108,7 +109,8 @@ def read_settings(path: Path, **overrides: Any) -> Settings:
     table = document.get("run", document)
     if not isinstance(table, dict):
         raise RecipeError(f"{path}: [run] must be a table")
-    beside = sorted(set(document) - {"run"}) if "run" in document else []
+    # [[finetune]] of a tuned directory comes after a compression and is no part of it.
+    beside = sorted(set(document) - {"run", "finetune"}) if "run" in document else []
     if beside:
         raise RecipeError(f"{path}: unknown key {beside[0]!r} beside [run]")
     if any(overrides.get(key) is not None for key in ("bits", "size", "ratio")):
@@ -152,18 +154,19 @@ def parse_ratio(text: str) -> float:
     return float(match[1])
 
 
-def _readable(error: ValidationError) -> str:
+def readable_errors(error: ValidationError, known: Iterable[str]) -> str:
+    """What is wrong with which field, and which known name an unknown one resembles."""
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
         if item["type"] == "extra_forbidden":
-            parts.append(_unknown_key(where))
+            parts.append(_unknown_key(where, known))
             continue
         shown = f" (got {item['input']!r})" if item["loc"] else ""
         parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{shown}")
     return "; ".join(parts)
 
 
-def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, Settings.model_fields, n=2, cutoff=0.5)
+def _unknown_key(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=2, cutoff=0.5)
     return f"unknown key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "")
