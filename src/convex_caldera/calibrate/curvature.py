@@ -106,6 +106,26 @@ def sequence_gradients(
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(layer, G_s) for every sequence and layer; labels are drawn from the model itself."""
+    for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress):
+        G = dy.T @ x
+        if not _all_finite(G):
+            raise NumericalError(f"{name}: a gradient is NaN or infinite; check weights")
+        yield name, G
+
+
+def token_gradients(
+    model: nn.Module,
+    tokens: Tensor,
+    layers: Collection[str],
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(layer, x (T, n), dy (T, m)) for every sequence and layer: G_s = dy^T x.
+
+    x is what the layer read and dy the gradient of the sequence's summed negative
+    log-likelihood with respect to what it wrote, labels drawn from the model itself.
+    """
     taps = {name: _Tap(model.get_submodule(name), name) for name in layers}
     draw = generator(seed, "labels", "curvature")
     done = 0
@@ -115,8 +135,8 @@ def sequence_gradients(
                 tap.samples = range(done, done + len(batch))
             _backward(model, batch, draw)
             for name, tap in taps.items():
-                for G in tap.gradients(len(batch)):
-                    yield name, G
+                for x, dy in tap.sequences(len(batch)):
+                    yield name, x, dy
             done += len(batch)
             if progress is not None:
                 progress(done, len(tokens))
@@ -126,11 +146,23 @@ def _backward(model: nn.Module, batch: Tensor, draw: torch.Generator) -> None:
     """Gradient of the summed negative log-likelihood of labels drawn from the model itself."""
     embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()  # type: ignore[operator]
     logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
-    if not torch.isfinite(logits).all():
+    if not _all_finite(logits):
         raise NumericalError("the model's logits are NaN or infinite on the calibration text")
-    chances = logits.detach().softmax(-1).flatten(0, 1)
-    labels = torch.multinomial(chances, 1, generator=draw).squeeze(1)
+    labels = _drawn(logits.detach().flatten(0, 1), draw)
     nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
+
+
+def _drawn(logits: Tensor, draw: torch.Generator) -> Tensor:
+    """One label a row, by inverting the distribution function: one random number each."""
+    ladder = logits.softmax(-1).cumsum(-1)
+    level = torch.rand(len(ladder), 1, generator=draw) * ladder[:, -1:].cpu()
+    labels = torch.searchsorted(ladder, level.to(ladder.device), right=True).squeeze(1)
+    return labels.clamp_max(logits.shape[-1] - 1)
+
+
+def _all_finite(x: Tensor) -> bool:
+    """One pass: a sum is NaN or infinite if a term is; one that overflows is looked at again."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 class _Tap:
@@ -143,8 +175,8 @@ class _Tap:
         self.samples = range(0)
 
     def forward_hook(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        bad = ~torch.isfinite(args[0].reshape(len(self.samples), -1)).all(1)
-        if bad.any():
+        if not _all_finite(args[0]):
+            bad = ~torch.isfinite(args[0].reshape(len(self.samples), -1)).all(1)
             raise NumericalError(
                 f"{self.name}: activations are NaN or infinite in sample "
                 f"{self.samples[int(bad.nonzero()[0])]}; check the model in this dtype"
@@ -155,16 +187,12 @@ class _Tap:
     def _keep(self, dy: Tensor) -> None:
         self.dy = dy.detach()
 
-    def gradients(self, sequences: int) -> Iterator[Tensor]:
-        """G_s = dy_s^T x_s for every sequence of the batch; some models fold it into the tokens."""
+    def sequences(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x_s, dy_s) for every sequence of the batch; some models fold it into the tokens."""
         if self.x is None or self.dy is None:
             raise NumericalError(f"{self.name} received no gradient; it does not reach the output")
-        folded = (t.reshape(sequences, -1, t.shape[-1]) for t in (self.x, self.dy))
-        for x, dy in zip(*folded, strict=True):
-            G = dy.T @ x
-            if not torch.isfinite(G).all():
-                raise NumericalError(f"{self.name}: a gradient is NaN or infinite; check weights")
-            yield G
+        folded = (t.reshape(count, -1, t.shape[-1]) for t in (self.x, self.dy))
+        yield from zip(*folded, strict=True)
         self.x = self.dy = None
 
 

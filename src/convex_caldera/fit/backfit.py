@@ -19,10 +19,16 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
 from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe, Step
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
-from convex_caldera.errors import NumericalError
+from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.fit.coded_factors import fit_coded_factors
 from convex_caldera.fit.low_rank import fit_low_rank, metric_matrix
-from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest, round_two_sided
+from convex_caldera.fit.rounding import (
+    refine,
+    round_ldlq,
+    round_nearest,
+    round_row_groups,
+    round_two_sided,
+)
 from convex_caldera.linalg.factor import block_unit_upper
 
 # Rows rounded together under a two-sided curvature: a trellis tile, and enough for one GEMM.
@@ -64,14 +70,16 @@ def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: 
         seed, layer, site: all randomness comes from these; `site` names the shared input.
 
     Raises:
-        RecipeError: a rank or statistic that does not fit this matrix.
+        RecipeError: a rank or statistic that does not fit this matrix, or a transform that
+            mixes rows whose metrics differ.
         NumericalError: H is not positive definite under the recipe's damping.
 
     Cost: the sum of the steps' costs, per sweep; see fit.rounding and fit.low_rank.
     """
     hessian = damp(problem.hessian, recipe.damping)
     output = problem.output and damp(problem.output, recipe.output_damping)
-    damped = Problem(problem.W, hessian, layer, output)
+    groups = tuple(damp(group, recipe.damping) for group in problem.groups)
+    damped = Problem(problem.W, hessian, layer, output, groups)
     inner, transforms = _enter(damped, recipe, seed, layer, site)
     terms, trace = backfit(inner, recipe)
     compressed = CompressedLayer((problem.W.shape[0], problem.W.shape[1]), terms, transforms)
@@ -101,11 +109,19 @@ def _enter(
 ) -> tuple[Problem, tuple[FittedTransform, ...]]:
     """Change coordinates, outermost transform first."""
     W, hessian, output, fitted = problem.W, problem.hessian, problem.output, []
+    groups = problem.groups
     for transform in recipe.transforms:
         fitted.append(transform.fit(W, hessian, seed=seed, layer=layer, site=site))
         W, hessian = fitted[-1].apply(W).contiguous(), fitted[-1].apply_hessian(hessian)
-        output = output and fitted[-1].apply_output(output)
-    return Problem(W, hessian, layer, output), tuple(fitted)
+        turned = output and fitted[-1].apply_output(output)
+        if groups and turned is not output:
+            raise RecipeError(
+                f"{layer}: {transform.kind} mixes output channels, but groups of them have metrics "
+                "of their own; rotate the inputs alone"
+            )
+        output = turned
+        groups = tuple(fitted[-1].apply_hessian(group) for group in groups)
+    return Problem(W, hessian, layer, output, groups), tuple(fitted)
 
 
 def backfit(problem: Problem, recipe: Recipe) -> tuple[tuple[Term, ...], tuple[HalfStep, ...]]:
@@ -150,13 +166,13 @@ def fit_step(
 def fit_coded(step: Quantize, residual: Tensor, problem: Problem, right: Tensor | None) -> Coded:
     """Round the residual; of several gains, the one with the least loss."""
     hessian = problem.hessian
-    H, U = _rounding_metric(step, hessian, right)
+    H, uppers = _rounding_metric(step, problem, right)
     importance = metric_matrix(hessian, "diagonal") if step.metric != "identity" else None
-    inner = Problem(residual, hessian, problem.name, problem.output)
+    inner = Problem(residual, hessian, problem.name, problem.output, problem.groups)
     best: tuple[float, Coded, Tensor] | None = None
     for gain in step.gains:
         fitted = step.quantizer.fit(residual, importance=importance, gain=gain)
-        codes, W_hat = _round(residual, fitted, U, problem.output)
+        codes, W_hat = _round(residual, fitted, uppers, problem)
         loss = inner.loss(W_hat, residual.dtype) if len(step.gains) > 1 else 0.0
         if best is None or loss < best[0]:
             best = (loss, Coded(codes, fitted), W_hat)
@@ -169,28 +185,33 @@ def fit_coded(step: Quantize, residual: Tensor, problem: Problem, right: Tensor 
 
 
 def _round(
-    W: Tensor, fitted: FittedQuantizer, U: Tensor | None, output: Hessian | None
+    W: Tensor, fitted: FittedQuantizer, uppers: tuple[Tensor, ...], problem: Problem
 ) -> tuple[Tensor, Tensor]:
-    """Nearest without feedback, LDLQ with one side's, tile by tile with both."""
-    if U is None:
+    """Nearest without feedback, LDLQ with one side's, tile by tile with both, or by row groups."""
+    if not uppers:
         return round_nearest(W, fitted)
-    if output is None:
-        return round_ldlq(W, fitted, U)
+    if problem.groups:
+        return round_row_groups(W, fitted, uppers, problem.row_groups)
+    if problem.output is None:
+        return round_ldlq(W, fitted, uppers[0])
     rows = max(fitted.row_block, TILE_ROWS)
-    return round_two_sided(W, fitted, U, output.unit_upper(rows), rows)
+    return round_two_sided(W, fitted, uppers[0], problem.output.unit_upper(rows), rows)
 
 
 def _rounding_metric(
-    step: Quantize, hessian: Hessian, right: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """(H, U) that the rounding sees: both None without feedback."""
+    step: Quantize, problem: Problem, right: Tensor | None
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """H, and the feedback U of the matrix or of every row group; nothing without feedback."""
     if step.metric != "full":
-        return None, None
+        return None, ()
     block = step.quantizer.block
+    seen = problem.groups or (problem.hessian,)
     if step.downdate and right is not None:
-        H = downdated(hessian, right)
-        return H.float(), block_unit_upper(H, block, hessian.name)
-    return hessian.damped_as(torch.float32), hessian.unit_upper(block)
+        rests = [downdated(hessian, right) for hessian in seen]
+        uppers = (block_unit_upper(H, block, problem.name) for H in rests)
+        return rests[0].float(), tuple(uppers)
+    uppers = (hessian.unit_upper(block) for hessian in seen)
+    return problem.hessian.damped_as(torch.float32), tuple(uppers)
 
 
 def downdated(hessian: Hessian, right: Tensor) -> Tensor:

@@ -17,10 +17,13 @@ keeps the best state, is what guarantees it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
+from convex_caldera.errors import RecipeError
 
 # Columns whose feedback is applied one quantizer block at a time; beyond it one GEMM serves.
 PANEL = 128
@@ -55,6 +58,38 @@ def round_ldlq(W: Tensor, fitted: FittedQuantizer, unit_upper: Tensor) -> tuple[
             codes.append(fitted.encode(goal, j))
             error[:, cols] = W[:, cols] - fitted.decode(codes[-1], j).to(W.dtype)
     return torch.cat(codes, dim=1), W - error
+
+
+def round_row_groups(
+    W: Tensor,
+    fitted: FittedQuantizer,
+    uppers: Sequence[Tensor],
+    groups: Sequence[slice],
+) -> tuple[Tensor, Tensor]:
+    """Codes and values of W, every group of rows by LDLQ under a metric of its own.
+
+    Args:
+        W: the target (m, n).
+        fitted: column quantizer, with its scales for all of W.
+        uppers: U of every group's metric, as for `round_ldlq`.
+        groups: rows of every group, beginning at multiples of the quantizer's row block.
+
+    Raises:
+        RecipeError: a group begins inside a block of rows that are coded together.
+
+    Source: Kim et al., GuidedQuant, arXiv 2505.07004. Cost: that of `round_ldlq`.
+    """
+    astride = [rows.start for rows in groups if rows.start % fitted.row_block]
+    if astride:
+        raise RecipeError(
+            f"a row group begins at row {astride[0]}, inside the {fitted.row_block} rows that "
+            f"{fitted.quantizer.kind} codes together; use shorter chains or fewer groups"
+        )
+    parts = [
+        round_ldlq(W[rows], fitted.take_rows(rows), upper)
+        for rows, upper in zip(groups, uppers, strict=True)
+    ]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([values for _, values in parts])
 
 
 def round_two_sided(
