@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,14 @@ INDEX = "model.safetensors.index.json"
 VERSION = 1
 MAX_MANIFEST_BYTES = 10_000_000
 _HEX = frozenset("0123456789abcdef")
+_BLOCK = "/(?:0|[1-9][0-9]*)"
+_NUMBER = (
+    f"(?:none|mxint[2-8](?:-legacy)?{_BLOCK}|s?int[1-8]{_BLOCK}|nf[2-8]{_BLOCK}"
+    f"|e[1-5]m[0-6]{_BLOCK})"
+)
+_ACTIVATIONS = re.compile(
+    f"(?P<linear>{_NUMBER})(?:,attention:(?P<attention>{_NUMBER}))?(?:,layout:legacy)?"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,11 +200,24 @@ def read_output(directory: Path) -> Output:
 
 def _check_config(config: dict[str, Any]) -> None:
     ours = config.get("quantization_config")
-    ours = table(ours, ("quant_method", "format_version"), "config.json: quantization_config")
+    keys = ["quant_method", "format_version"]
+    if isinstance(ours, dict) and "activations" in ours:
+        keys.append("activations")
+        _check_activations(ours["activations"])
+    ours = table(ours, tuple(keys), "config.json: quantization_config")
     if ours["quant_method"] != "convex_caldera":
         raise FormatError("config.json: quant_method is not 'convex_caldera'")
     if type(ours["format_version"]) is not int or ours["format_version"] != VERSION:
         raise FormatError(f"config.json: format version {short(ours['format_version'])}")
+
+
+def _check_activations(text: Any) -> None:
+    """F1: the formats of activations, in the one spelling that writers use."""
+    fields = _ACTIVATIONS.fullmatch(text) if isinstance(text, str) else None
+    if fields is None or fields["attention"] == fields["linear"] or text == "none":
+        raise FormatError(f"config.json: activations {short(text)} are not possible")
+    if fields["linear"] == "none" and fields["attention"] is None:
+        raise FormatError(f"config.json: activations {short(text)} round nothing")
 
 
 def _indexed_shards(directory: Path) -> list[Shard]:

@@ -33,6 +33,7 @@ def compress(
     group_size: opt.GroupSize = None,
     format: opt.Format = None,
     factor_format: opt.FactorFormat = None,
+    activations: opt.Activations = None,
     dataset: opt.Dataset = None,
     nsamples: opt.NSamples = None,
     seqlen: opt.SeqLen = None,
@@ -61,10 +62,10 @@ def compress(
         opt.given(
             model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
             factor_bits=factor_bits, group_size=group_size, format=format,
-            factor_format=factor_format, dataset=dataset, nsamples=nsamples,
-            seqlen=seqlen, seed=seed, device=device, dtype=dtype, ignore=ignore, pin=pin, tie=tie,
-            bits_menu=bits_menu, rank_menu=rank_menu, curvature=curvature,
-            allow_short=allow_short,
+            factor_format=factor_format, activations=activations, dataset=dataset,
+            nsamples=nsamples, seqlen=seqlen, seed=seed, device=device, dtype=dtype,
+            ignore=ignore, pin=pin, tie=tie, bits_menu=bits_menu, rank_menu=rank_menu,
+            curvature=curvature, allow_short=allow_short,
         ),
     )  # fmt: skip
     with shown() as progress:
@@ -129,7 +130,7 @@ def calibrate(
         None,
         opt.given(
             model=model, dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
-            device=device, dtype=dtype, allow_short=allow_short,
+            device=device, dtype=dtype, curvature=curvature, allow_short=allow_short,
         ),
     )  # fmt: skip
     with shown() as progress:

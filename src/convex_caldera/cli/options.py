@@ -42,6 +42,14 @@ FactorFormat = Annotated[
     str | None,
     typer.Option("--factor-format", help="Of the factors: mxint8/32, int8, ..., float16."),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        help="Round linear inputs and attention products as well: mxint8/16, or "
+        '"mxint8/16,attention:none". Kept unless given.',
+    ),
+]
 Dataset = Annotated[
     str | None,
     typer.Option(

@@ -28,14 +28,15 @@ QUANT_METHOD = "convex_caldera"
 
 
 class ConvexCalderaConfig(QuantizationConfigMixin):
-    """`quantization_config` of a compressed model: the method and the format version."""
+    """`quantization_config` of a compressed model: method, format version, rounded activations."""
 
-    def __init__(self, format_version: int = 1, **unknown: Any):
+    def __init__(self, format_version: int = 1, activations: str | None = None, **unknown: Any):
         unknown.pop("quant_method", None)
         if unknown:
             raise FormatError(f"config.json: unknown quantization keys {sorted(unknown)}")
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
+        self.activations = activations
 
     @classmethod
     def from_dict(
@@ -45,7 +46,8 @@ class ConvexCalderaConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "format_version": self.format_version}
+        record = {"quant_method": self.quant_method, "format_version": self.format_version}
+        return record if self.activations is None else {**record, "activations": self.activations}
 
 
 class ConvexCalderaQuantizer(HfQuantizer):
@@ -75,6 +77,7 @@ class ConvexCalderaQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, CompressedLinear):
                 module.settle()
+        apply_activations(model, self.quantization_config.activations)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -104,6 +107,15 @@ class ConvexCalderaQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def apply_activations(model: Any, text: str | None) -> None:
+    """Round activations as the `activations` of a quantization_config say; None leaves them."""
+    if text is not None:
+        from convex_caldera.recipes.activations import parse_activations
+        from convex_caldera.runtime.attention import round_activations
+
+        round_activations(model, parse_activations(text))
 
 
 def specs_of_files(files: Iterable[Path]) -> dict[str, Any]:

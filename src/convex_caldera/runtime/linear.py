@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
+from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, Quantizer
 from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import ShapeError
+from convex_caldera.runtime.activations import rounded
 from convex_caldera.runtime.kernels import kernel_for
 from convex_caldera.storage.codec import (
     StoredCoded,
@@ -62,6 +63,7 @@ class CompressedLinear(nn.Module):
             else:
                 values = torch.empty(shape, dtype=dtype or stored, device=device)
                 self.register_parameter(name, nn.Parameter(values))
+        self.activation: Quantizer | None = None  # format that inputs are rounded to
         self.bias: nn.Parameter | None = None
         if bias:
             zeros = torch.empty(self.out_features, dtype=dtype, device=device)
@@ -95,6 +97,7 @@ class CompressedLinear(nn.Module):
         inner = x.reshape(-1, self.in_features).float()
         for transform in transforms:
             inner = transform.inputs(inner)
+        inner = self._rounded(inner)
         y: Tensor | None = None
         for index, term in enumerate(terms):
             product = self._apply_term(index, term, inner)
@@ -147,9 +150,14 @@ class CompressedLinear(nn.Module):
             z = coded_product(term.right, x)
         else:
             z = x @ getattr(self, f"right_{index}").float().T
+        z = self._rounded(z)
         if isinstance(term.left, StoredCoded):
             return coded_product(term.left, z, transposed=True)
         return z @ getattr(self, f"left_{index}").float().T
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """What a product reads: x itself, or rounded to the format of activations."""
+        return x if self.activation is None else rounded(x, self.activation)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).detach() for name in spec_layout(self.spec)}

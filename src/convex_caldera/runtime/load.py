@@ -110,12 +110,17 @@ def _finish(model: Any, container: Container) -> None:
     """What transformers attaches to a loaded model: generation defaults and the quantizer."""
     from transformers import GenerationConfig
 
-    from convex_caldera.runtime.hf import ConvexCalderaConfig, ConvexCalderaQuantizer
+    from convex_caldera.runtime.hf import (
+        ConvexCalderaConfig,
+        ConvexCalderaQuantizer,
+        apply_activations,
+    )
 
     if (container.directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(container.directory)
-    config = ConvexCalderaConfig()
+    config = ConvexCalderaConfig(activations=container.activations)
     model.config.quantization_config = config
     model.hf_quantizer = ConvexCalderaQuantizer(config)
     model.is_quantized = True
     model.quantization_method = config.quant_method
+    apply_activations(model, container.activations)

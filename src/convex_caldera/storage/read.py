@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import ConvexCalderaError, FormatError
+from convex_caldera.recipes.activations import parse_activations
 from convex_caldera.recipes.records import from_toml
 from convex_caldera.storage.codec import layer_from_tensors
 from convex_caldera.storage.files import inside
@@ -62,6 +63,12 @@ class Container:
     config: dict[str, Any]
     layers: dict[str, tuple[Header, Spec]]
     rest: dict[str, Header]
+
+    @property
+    def activations(self) -> str | None:
+        """Formats that activations are rounded to (`recipes.activations`); None if they are not."""
+        found: str | None = self.config["quantization_config"].get("activations")
+        return found
 
     def layer(self, name: str) -> CompressedLayer:
         """Read and decode the description of one layer. Raises FormatError if it is damaged."""
@@ -189,11 +196,23 @@ def _check_config(config: dict[str, Any]) -> None:
     ours = config.get("quantization_config")
     if not isinstance(ours, dict) or ours.get("quant_method") != QUANT_METHOD:
         raise FormatError(f"config.json: quantization_config.quant_method is not {QUANT_METHOD!r}")
-    if set(ours) != {"quant_method", "format_version"}:
+    if set(ours) - {"activations"} != {"quant_method", "format_version"}:
         raise FormatError("config.json: quantization_config has unknown or missing keys")
     version = ours["format_version"]
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(f"config.json: format version {version!r}, not {FORMAT_VERSION}")
+    if "activations" in ours:
+        _check_activations(ours["activations"])
+
+
+def _check_activations(text: Any) -> None:
+    """FormatError unless it is a text that says activations in the one way that we write."""
+    try:
+        canonical = isinstance(text, str) and parse_activations(text).name == text
+    except ConvexCalderaError as error:
+        raise FormatError(f"config.json: activations: {error}") from error
+    if not canonical:
+        raise FormatError(f"config.json: activations {str(text)[:60]!r} are not in canonical form")
 
 
 def _check_layers(layers: dict[str, tuple[Header, Spec]], rest: dict[str, Header]) -> None:

@@ -44,6 +44,7 @@ def finish(job: Job, plan: Plan, certificate: dict[str, Any] | None, run: Partia
             certificate="" if certificate is None else certificate["statement"],
         ),
         certificate=certificate,
+        activations=job.settings.activations,
     )
 
 

@@ -14,9 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convex_caldera.errors import RecipeError
+from convex_caldera.recipes.activations import parse_activations
 
 _UNITS = {
     "": 1,
@@ -45,6 +46,7 @@ class Settings(BaseModel):
     group_size: Annotated[int, Field(ge=0)] | None = None
     format: str | None = None
     factor_format: str | None = None
+    activations: str | None = None
     dataset: str = "bundled:calibration"
     nsamples: Annotated[int, Field(ge=1)] = 128
     seqlen: Annotated[int, Field(ge=8)] = 512
@@ -76,6 +78,11 @@ class Settings(BaseModel):
         if self.rank_menu is not None and any(r % 1 for r in parse_menu(self.rank_menu)):
             raise ValueError(f"rank_menu {self.rank_menu!r} holds a number that is no rank")
         return self
+
+    @field_validator("activations")
+    @classmethod
+    def _canonical(cls, text: str | None) -> str | None:
+        return None if text is None else parse_activations(text).name
 
     @property
     def bits_or_default(self) -> float:
