@@ -83,14 +83,14 @@ def plan(
     rank: opt.Rank = None,
     factor_bits: opt.FactorBits = None,
     group_size: opt.GroupSize = None,
+    format: opt.Format = None,
+    factor_format: opt.FactorFormat = None,
     nsamples: opt.NSamples = None,
     seqlen: opt.SeqLen = None,
     ignore: opt.Ignore = None,
     pin: opt.Pin = None,
     config: opt.Config = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every layer.")] = False,
-    format: opt.Format = None,
-    factor_format: opt.FactorFormat = None,
     json: opt.Json = None,
 ) -> None:
     """Dry run from shapes alone: bits per layer, disk and peak memory, before a weight is read."""
