@@ -94,6 +94,38 @@ class FittedQuantizer(Protocol):
 
 
 @runtime_checkable
+class Coder(Protocol):
+    """Lossless entropy coding of packed codes; frozen data.
+
+    Law: decode(encode(packed), packed.numel()) == packed, and every other stream is refused.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def symbol_bits(self) -> int:
+        """Width of the symbols that the packed stream is cut into, 1 to 8."""
+
+    def encode(self, packed: Tensor) -> Tensor:
+        """A flat uint8 stream as another one, usually shorter."""
+
+    def decode(self, coded: Tensor, num_bytes: int) -> Tensor:
+        """The stream of `num_bytes` back; raises FormatError if `coded` is not exactly one."""
+
+
+@runtime_checkable
+class RateLimited(Protocol):
+    """A quantizer whose codes are meant for an entropy coder, and how long they may then be.
+
+    Its fixed-width codes are wider than its rate. `fit` chooses levels so that the coded codes
+    of nearest rounding take at most `most_coded_bytes`; drivers that round otherwise must check.
+    """
+
+    def most_coded_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that the entropy-coded codes of a matrix may take, before any data is seen."""
+
+
+@runtime_checkable
 class Transform(Protocol):
     """An invertible change of coordinates of a problem that preserves its loss; frozen data."""
 
