@@ -8,7 +8,9 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.backfit import fit_layer
+from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.kmeans import KMeans
 from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
@@ -23,6 +25,7 @@ from convex_caldera.recipes.lqer import (
     qera_approx_recipe,
     qera_exact_recipe,
 )
+from convex_caldera.recipes.reallm import reallm_vq_recipe
 from convex_caldera.recipes.records import from_record, from_toml, recipe_hash, to_record, to_toml
 from convex_caldera.recipes.scalar import normal_float_recipe, uniform_recipe
 from convex_caldera.recipes.table import METHODS, method
@@ -78,6 +81,16 @@ HAND_BUILT = {
     "l2qer": (l2qer_recipe(MXINT4, 8), error_reconstruction("mean_abs")),
     "qera-approx": (qera_approx_recipe(MXINT4, 8), error_reconstruction("diagonal")),
     "qera-exact": (qera_exact_recipe(MXINT4, 8), error_reconstruction("full")),
+    "reallm-vq": (
+        reallm_vq_recipe(2, rank=8, bucket=4, factor_bits=16),
+        Recipe(
+            (
+                FitLowRank(8, "full"),
+                Quantize(DoubleScale(KMeans(2, 4, -1, iterations=20), 64), "full", sweeps=2),
+            ),
+            sweeps=3,
+        ),
+    ),
     "convex-caldera": (
         convex_caldera_recipe(2.5, rank=4, factor_bits=16),
         Recipe(

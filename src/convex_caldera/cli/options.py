@@ -50,6 +50,20 @@ Activations = Annotated[
         '"mxint8/16,attention:none". Kept unless given.',
     ),
 ]
+Bucket = Annotated[
+    int | None, typer.Option("--bucket", help="Weights of a coded vector: 1, 2, 4 or 8 (ReALLM).")
+]
+Latent = Annotated[
+    str | None, typer.Option("--latent", help="Latent codes: vq (a codebook) or nf (NormalFloat).")
+]
+Order = Annotated[
+    str | None,
+    typer.Option("--order", help="Of columns: none, or strip (of its own for every 64 rows)."),
+]
+Neural = Annotated[
+    list[str] | None,
+    typer.Option("--neural", help="Option name=value of an autoencoder. May be repeated."),
+]
 Dataset = Annotated[
     str | None,
     typer.Option(

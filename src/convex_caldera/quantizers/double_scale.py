@@ -16,7 +16,7 @@ is lost beside an outlier.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -36,8 +36,8 @@ from convex_caldera.quantizers.groups import (
 )
 
 INNER = "inner_"  # prefix of the inner quantizer's tensors
-# Kinds that hold or replace others, which double_scale therefore does not hold.
-NESTING = ("double_scale", "neural", "strip_order")
+# Kinds that hold others, which double_scale therefore does not hold.
+NESTING = ("double_scale", "strip_order")
 # Where a step of a denormal would make scale codes meaningless.
 LEAST_SCALE = 1e-30
 
@@ -100,7 +100,14 @@ class DoubleScale:
         inner = self.inner.fit(values, importance=importance)
         steps, offset = steps * gain, offset * gain
         grid = self._grid(shape, codes, steps, offset)
-        return FittedDoubleScale(self, shape, codes, steps, offset, grid, inner)
+        # What was fitted may be of another record: a decoder trained beforehand has none.
+        own = replace(self, inner=inner.quantizer)
+        return FittedDoubleScale(own, shape, codes, steps, offset, grid, inner)
+
+    @property
+    def borrows(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Tensors that `restore` needs and another layer stores."""
+        return {INNER + name: item for name, item in borrows(self.inner).items()}
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Scale codes, a step per super group, the offset, and what the inner one stores."""
@@ -225,6 +232,12 @@ def check_inner(inner: Quantizer, kind: str, refused: tuple[str, ...]) -> None:
         raise RecipeError(f"{inner.kind} cannot be within {kind}")
 
 
+def borrows(quantizer: Quantizer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Tensors that `restore` needs beside those of its layout, since another layer stores them."""
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = getattr(quantizer, "borrows", {})
+    return found
+
+
 def inner_tensors(
     inner: Quantizer, shape: tuple[int, int], tensors: Mapping[str, Tensor], prefix: str
 ) -> dict[str, Tensor]:
@@ -233,7 +246,7 @@ def inner_tensors(
     Raises FormatError for one that is missing, or of another dtype or shape.
     """
     found = {}
-    for name, (dtype, size) in inner.layout(shape).items():
+    for name, (dtype, size) in {**inner.layout(shape), **borrows(inner)}.items():
         if name != "codes":
             found[name] = checked_tensor(tensors, prefix + name, size, dtype)
     return found

@@ -16,7 +16,7 @@ is empty, the first sixteen in place), and take ceil(log2 n) bits an index unles
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
-from convex_caldera.quantizers.double_scale import INNER, check_inner, inner_tensors
+from convex_caldera.quantizers.double_scale import INNER, borrows, check_inner, inner_tensors
 from convex_caldera.quantizers.groups import check_finite, check_matrix, checked_tensor
 
 WHOLE = 1 << 30  # columns that one call of `encode` consumes: all of them
@@ -57,7 +57,7 @@ class StripOrder:
                 f"strip must be positive and index_bits 0 or 16, got {self.strip} and "
                 f"{self.index_bits}"
             )
-        check_inner(self.inner, self.kind, ("neural", "strip_order"))
+        check_inner(self.inner, self.kind, ("strip_order",))
 
     @property
     def block(self) -> int:
@@ -95,7 +95,12 @@ class StripOrder:
         order = torch.stack([torch.from_numpy(chain(part.numpy())) for part in parts])
         spread = None if importance is None else importance.cpu()[order].mean(0).to(importance)
         inner = self.inner.fit(_sorted(W.float(), order, self.strip), importance=spread, gain=gain)
-        return FittedStripOrder(self, shape, order, inner)
+        return FittedStripOrder(replace(self, inner=inner.quantizer), shape, order, inner)
+
+    @property
+    def borrows(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Tensors that `restore` needs and another layer stores."""
+        return {INNER + name: item for name, item in borrows(self.inner).items()}
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The orders as one bit stream, and what the inner quantizer stores."""

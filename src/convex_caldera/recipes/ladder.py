@@ -27,6 +27,8 @@ class Wishes:
         bits: code bits of the quantizer, to pin one rung.
         format, factor_format: names of number formats (`recipes.formats`), for methods that take
             any scalar format.
+        bucket, latent, order: vector length, kind of latent code and order of columns (ReALLM).
+        neural: options of an autoencoder, each "name=value" (`recipes.autoencoder`).
     """
 
     rank: int | None = None
@@ -35,6 +37,10 @@ class Wishes:
     bits: float | None = None
     format: str | None = None
     factor_format: str | None = None
+    bucket: int | None = None
+    latent: str | None = None
+    order: str | None = None
+    neural: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 0:

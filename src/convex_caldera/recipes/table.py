@@ -13,6 +13,7 @@ from convex_caldera.recipes.lqer import (
     qera_approx_ladder,
     qera_exact_ladder,
 )
+from convex_caldera.recipes.reallm import reallm_vq_ladder
 from convex_caldera.recipes.scalar import gptq_ladder, normal_float_ladder, rtn_ladder
 
 METHODS: dict[str, Method] = {
@@ -62,6 +63,13 @@ METHODS: dict[str, Method] = {
         "E8 lattice codes plus a low-rank term with coded factors, fitted in alternation.",
         "Saha et al., CALDERA, arXiv 2405.18886",
         caldera_ladder,
+    ),
+    "reallm-vq": Method(
+        "reallm-vq",
+        "A low-rank term beside vector-quantized or NormalFloat codes under double-quantized "
+        "scales, fitted in alternation; columns may be sorted by strips.",
+        "Leconte et al., ReALLM, arXiv 2405.13155",
+        reallm_vq_ladder,
     ),
     "no-lqer": Method(
         "no-lqer",

@@ -58,6 +58,10 @@ _TELLING = {
         Wishes(rank=1, factor_format="int8"),
     ),
     "factor_bits": (Wishes(rank=1, factor_bits=2), Wishes(rank=1, factor_bits=4)),
+    "bucket": (Wishes(bucket=1), Wishes(bucket=2)),
+    "latent": (Wishes(latent="vq"), Wishes(latent="nf")),
+    "order": (Wishes(order="none"), Wishes(order="strip")),
+    "neural": (Wishes(neural=("epochs=1",)), Wishes(neural=("epochs=2",))),
 }
 
 
@@ -150,6 +154,10 @@ def wishes_of(settings: Settings, name: str) -> Wishes:
         settings.group_size,
         format=settings.format,
         factor_format=settings.factor_format,
+        bucket=settings.bucket,
+        latent=settings.latent,
+        order=settings.order,
+        neural=settings.neural,
     )
     for pin in settings.pin:
         pattern, pinned = parse_pin(pin)
@@ -172,8 +180,9 @@ def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Setting
         if getattr(settings, key) and not method.allocates:
             raise RecipeError(f"{method.name} allocates nothing; leave out {key.replace('_', ' ')}")
     given = {key for _, pinned in pins for key in pinned}
-    optional = ("rank", "group_size", "format", "factor_format")
+    optional = ("rank", "group_size", "format", "factor_format", "bucket", "latent", "order")
     given |= {key for key in optional if getattr(settings, key) is not None}
+    given |= {"neural"} if settings.neural else set()
     if settings.factor_bits != Wishes().factor_bits:
         given.add("factor_bits")
     for key in sorted(given & set(_TELLING)):

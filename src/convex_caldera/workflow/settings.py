@@ -46,6 +46,10 @@ class Settings(BaseModel):
     group_size: Annotated[int, Field(ge=0)] | None = None
     format: str | None = None
     factor_format: str | None = None
+    bucket: Literal[1, 2, 4, 8] | None = None
+    latent: Literal["vq", "nf"] | None = None
+    order: Literal["none", "strip"] | None = None
+    neural: tuple[str, ...] = ()
     activations: str | None = None
     dataset: str = "bundled:calibration"
     nsamples: Annotated[int, Field(ge=1)] = 128
