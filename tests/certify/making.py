@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from convex_caldera.allocate import allocate
 from convex_caldera.allocate.curves import Curves, Group, Option, curves_to_dict
+from convex_caldera.allocate.layer_program import layer_program
 from convex_caldera.allocate.surrogate import RateModel, solve_surrogate
 from convex_caldera.allocate.waterfilling import waterfilling_bits
 from convex_caldera.calibrate.saved import Provenance, save_statistics
@@ -196,6 +197,16 @@ def distance(problem: Problem, record: dict[str, Any]) -> float | None:
     return None if limit == float("inf") else record["bits"] - limit
 
 
+def program(
+    problem: Problem, record: dict[str, Any], curves: Curves, plan: Any
+) -> dict[str, Any] | None:
+    """The layer's low-rank program at the plan's price, solved."""
+    group = next(g for g in curves.groups if g.name == problem.name)
+    distortion = group.option(plan.choice[problem.name]).distortion
+    price = plan.price * (record["loss"] / distortion)
+    return layer_program(problem.W, problem.hessian.matrix, record["loss"], price, 4)
+
+
 def store(
     made: Made,
     source: SourceModel,
@@ -228,6 +239,7 @@ def store(
             **{key: records[name][key] for key in ("bits", "rank", "loss", "relative_loss")},
             "held_out_scale": SCALE,
             "gap_to_waterfilling_bits": distance(problems[name], records[name]),
+            "program": program(problems[name], records[name], curves, plan),
         }
         for name in chosen
     }
@@ -240,6 +252,7 @@ def store(
         "budget_bytes": budget,
         "compressed_bytes": found,
         "header_bytes": headers,
+        "reserved_bytes": headers,
         "curves": curves_to_dict(curves),
         "plan": plan.to_dict(),
         "surrogate": surrogate(curves, bits),

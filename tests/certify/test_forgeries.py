@@ -24,7 +24,7 @@ def test_honest_outputs_are_accepted(honest):
             found = verify(output, *data)
             assert found.ok, found.text()
         assert found.to_dict()["ok"]
-        assert len(found.claims) == 12
+        assert len(found.claims) == 13
 
 
 @pytest.mark.parametrize("number", range(3 * KINDS))

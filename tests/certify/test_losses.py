@@ -68,7 +68,7 @@ def write_curvature(folder, model, layers):
     digest = hashlib.sha256((folder / "block-00000.safetensors").read_bytes()).hexdigest()
     index = {
         "schema": 1,
-        "provenance": {"model": model},
+        "provenance": {"kind": "kronecker", "model": model},
         "files": {"block-00000.safetensors": digest},
         "layers": dict.fromkeys(layers, "block-00000.safetensors"),
     }
@@ -78,17 +78,17 @@ def write_curvature(folder, model, layers):
 def test_kronecker_statistics_are_read(made, tmp_path):
     H, O = positive(5, 1), positive(3, 2)
     write_curvature(tmp_path / "k", "m", {"a": {"input": H, "output": O}})
-    found = read_statistics(tmp_path / "k")
-    sides = found.sides("a", "ignored")
+    found = read_statistics(tmp_path / "k", "kronecker")
+    sides = found.sides("a", "ignored", 3)
     assert found.kind == "kronecker"
     assert np.array_equal(sides.H, H)
     assert np.array_equal(sides.O, O)
     with pytest.raises(FormatError, match="no layer"):
-        found.sides("b", "ignored")
+        found.sides("b", "ignored", 3)
     model = read_source(made.model).fingerprint()
     write_curvature(tmp_path / "other", model, {"a": {"input": H, "output": O}})
     verdict = verify(made.output, made.model, tmp_path / "other")
-    assert "not kronecker" in verdict.claims[-1].value
+    assert "--curvature 'input'" in verdict.claims[-1].value
 
 
 def test_packed_triangles_must_be_whole_and_finite():

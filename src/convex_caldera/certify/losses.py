@@ -52,12 +52,14 @@ def recompute(layer: Layer, W: Floats, sides: Sides) -> Loss:
     """Decode a layer and weigh its error. Raises FormatError where shapes do not fit."""
     m, n = layer.spec.shape
     H, O = sides.H, sides.O
-    if W.shape != (m, n) or H.shape != (n, n) or (O is not None and O.shape != (m, m)):
+    fits = all(G.shape == (n, n) for _, G in sides.groups)
+    fits = fits and H.shape == (n, n) and (O is None or O.shape == (m, m))
+    if W.shape != (m, n) or not fits:
         raise FormatError(f"{short(layer.name)}: weight, statistics and layer differ in shape")
     W_hat, norm = decode_with_norm(layer)
     E = W - W_hat
-    weighted = _weigh(E, H, O)
-    loss, energy = float((weighted * E).sum()), float((_weigh(W, H, O) * W).sum())
+    weighted = _weigh(E, sides)
+    loss, energy = float((weighted * E).sum()), float((_weigh(W, sides) * W).sum())
     sigma = UNIT * math.sqrt(additions(layer) / (m * n)) * norm
     mean = sigma * sigma * float(np.trace(H)) * (m if O is None else float(np.trace(O)))
     noise = 2 * sigma * float(np.linalg.norm(weighted))
@@ -65,9 +67,12 @@ def recompute(layer: Layer, W: Floats, sides: Sides) -> Loss:
     return Loss(loss, tolerance, energy)
 
 
-def _weigh(E: Floats, H: Floats, O: Floats | None) -> Floats:
-    product = E @ H
-    return product if O is None else O @ product
+def _weigh(E: Floats, sides: Sides) -> Floats:
+    """O E H, or E_k H_k for every group of rows."""
+    if sides.groups:
+        return np.concatenate([E[rows] @ H for rows, H in sides.groups])
+    product = E @ sides.H
+    return product if sides.O is None else sides.O @ product
 
 
 def additions(layer: Layer) -> int:

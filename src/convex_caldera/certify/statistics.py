@@ -4,13 +4,15 @@
                                "blocks": {"0": {"file", "sha256", "inputs": {site: tokens}}}}
     block-00000.safetensors   <site>.packed: lower triangle of H, row by row, float32
 
-A Kronecker curvature has two sides for every layer:
+Curvature of the model's own loss is kept by layer:
 
-    curvature.json            {"schema": 1, "provenance": {...}, "files": {file: sha256},
-                               "layers": {layer: file}}
-    <file>                    <layer>.input, <layer>.output: lower triangles of H and O, float64
+    curvature.json            {"schema": 1, "provenance": {"kind", "model", ...},
+                               "files": {file: sha256}, "layers": {layer: file}}
+    <file>                    kronecker: <layer>.input, <layer>.output: lower triangles of H and O
+                              guided: <layer>.group0, .group1, ...: of H_k for groups of rows
+                              all float64
 
-A folder is told by its index file, `READERS`.
+Both may lie in one folder.
 """
 
 from __future__ import annotations
@@ -32,16 +34,22 @@ from convex_caldera.errors import FormatError
 Floats = NDArray[np.float64]
 INDEX = "calibration.json"
 CURVATURE = "curvature.json"
+GRADIENT_KINDS = ("kronecker", "guided")
+ROW_UNIT = 16  # groups of rows begin at multiples of it
 SCHEMA = 1
 PROVENANCE = ("model", "tokens", "dtype", "store", "propagate", "recipe")
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """H (n, n) of the inputs and O (m, m) of the outputs, None for the identity; float64."""
+    """H (n, n) of the inputs and O (m, m) of the outputs, None for the identity; float64.
+
+    With `groups`, rows r_k have a metric H_k of their own, and H is the mean of those by rows.
+    """
 
     H: Floats
     O: Floats | None = None
+    groups: tuple[tuple[slice, Floats], ...] = ()
 
     @cached_property
     def eigenvalues(self) -> tuple[Floats, Floats | None]:
@@ -52,19 +60,27 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Saved curvature of a model. `kind` is "input" or "kronecker", as certificates name it."""
+    """Saved curvature of a model. `kind` is "input", "kronecker" or "guided", as in certificates.
+
+    `sides` takes (layer, input site, rows).
+    """
 
     kind: str
     provenance: Mapping[str, Any]
-    sides: Callable[[str, str], Sides]  # (layer, input site) -> both sides
+    sides: Callable[[str, str, int], Sides]
 
 
-def read_statistics(directory: Path) -> Statistics:
-    """Statistics of a folder, hashes checked. Raises FormatError where it is damaged."""
-    for name, reader in READERS.items():
-        if (directory / name).is_file():
-            return reader(directory)
-    raise FormatError(f"{directory.name!a}: holds none of {', '.join(READERS)}")
+def read_statistics(directory: Path, kind: str = "input") -> Statistics:
+    """Statistics of one kind in a folder, hashes checked. Raises FormatError where damaged."""
+    name, reader = (CURVATURE, _read_curvature) if kind in GRADIENT_KINDS else (INDEX, _read_inputs)
+    if not (directory / name).is_file():
+        raise FormatError(
+            f"{directory.name!a}: holds no {name}; run calibrate with --curvature {short(kind)}"
+        )
+    found = reader(directory)
+    if found.kind != kind:
+        raise FormatError(f"{name}: losses are under {short(kind)} curvature, not {found.kind}")
+    return found
 
 
 @dataclass(eq=False)
@@ -74,7 +90,7 @@ class _Inputs:
     shards: Mapping[str, Shard]
     last: tuple[str, Sides] | None = field(default=None)
 
-    def __call__(self, layer: str, site: str) -> Sides:
+    def __call__(self, layer: str, site: str, rows: int) -> Sides:
         if self.last is None or self.last[0] != site:
             if site not in self.shards:
                 raise FormatError(f"the statistics have no input {short(site)}")
@@ -102,7 +118,7 @@ def _read_inputs(directory: Path) -> Statistics:
     return Statistics("input", provenance, _Inputs(shards))
 
 
-def _read_kronecker(directory: Path) -> Statistics:
+def _read_curvature(directory: Path) -> Statistics:
     index = table(
         read_table(directory / CURVATURE, CURVATURE),
         ("schema", "provenance", "files", "layers"),
@@ -114,19 +130,43 @@ def _read_kronecker(directory: Path) -> Statistics:
     if not all(isinstance(part, dict) for part in (provenance, files, layers)):
         raise FormatError(f"{CURVATURE}: provenance, files and layers must be objects")
     string(provenance.get("model"), f"{CURVATURE}: provenance.model")
+    kind = provenance.get("kind")
+    if kind not in GRADIENT_KINDS:
+        raise FormatError(f"{CURVATURE}: kind {short(kind)}")
     shards = {name: _hashed_shard(directory, name, files[name], CURVATURE) for name in files}
 
-    def sides(layer: str, site: str) -> Sides:
+    def sides(layer: str, site: str, rows: int) -> Sides:
         file = layers.get(layer)
         if not isinstance(file, str) or file not in shards:
             raise FormatError(f"the curvature has no layer {short(layer)}")
-        H, O = (
-            unpack_symmetric(shards[file].array(f"{layer}.{side}").astype(np.float64), layer)
-            for side in ("input", "output")
-        )
-        return Sides(H, O)
+        shard = shards[file]
+        if kind == "kronecker":
+            return Sides(_matrix(shard, f"{layer}.input"), _matrix(shard, f"{layer}.output"))
+        return _by_rows(shard, layer, rows)
 
-    return Statistics("kronecker", provenance, sides)
+    return Statistics(kind, provenance, sides)
+
+
+def _by_rows(shard: Shard, layer: str, rows: int) -> Sides:
+    """Groups of equal height, a multiple of 16; the last one may be shorter."""
+    count = 0
+    while f"{layer}.group{count}" in shard.entries:
+        count += 1
+    units = -(-rows // ROW_UNIT)
+    height = ROW_UNIT * -(-units // max(count, 1))
+    starts = range(0, rows, height)
+    if len(starts) != count:
+        raise FormatError(f"the curvature of {short(layer)} has {count} groups for {rows} rows")
+    groups = tuple(
+        (slice(start, min(start + height, rows)), _matrix(shard, f"{layer}.group{k}"))
+        for k, start in enumerate(starts)
+    )
+    total = sum((rows_k.stop - rows_k.start) * H for rows_k, H in groups)
+    return Sides(np.asarray(total) / rows, None, groups)
+
+
+def _matrix(shard: Shard, name: str) -> Floats:
+    return unpack_symmetric(shard.array(name).astype(np.float64), name)
 
 
 def _hashed_shard(directory: Path, file: Any, digest: Any, where: str) -> Shard:
@@ -146,9 +186,3 @@ def unpack_symmetric(packed: Floats, name: str) -> Floats:
     matrix = np.zeros((n, n))
     matrix[np.tril_indices(n)] = packed
     return matrix + np.tril(matrix, -1).T
-
-
-READERS: dict[str, Callable[[Path], Statistics]] = {
-    INDEX: _read_inputs,
-    CURVATURE: _read_kronecker,
-}

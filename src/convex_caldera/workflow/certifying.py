@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from convex_caldera.allocate.curves import Curves, curves_to_dict
+from convex_caldera.allocate.layer_program import layer_program
 from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.waterfilling import waterfilling_bits
+from convex_caldera.core.problem import Problem
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan
 from convex_caldera.workflow.proposal import Proposal
+from convex_caldera.workflow.settings import Settings
 
 SCHEMA = 1
 UNITS = {
@@ -38,29 +41,33 @@ def certificate_of(
     """Plain JSON; docs/certificate.md states what each field means and how it is rechecked."""
     return {
         "schema": SCHEMA,
-        "statement": _statement(integer, unit),
+        "statement": statement_of(integer, unit),
         "method": job.settings.method,
         "unit": unit,
         "curvature": job.curvature,
         "budget_bytes": job.budget.compressed_bytes,
         "compressed_bytes": plan.compressed_bytes,
         "header_bytes": plan.compressed_bytes - integer.bits // 8,
+        "reserved_bytes": job.budget.compressed_bytes - integer.budget_bits // 8,
         "curves": curves_to_dict(curves),
         "plan": integer.to_dict(),
         "surrogate": _surrogate(proposal),
-        "layers": _layers(job, integer, run, fitter, scale),
+        "layers": _layers(job, integer, curves, run, fitter, scale),
     }
 
 
-def _statement(integer: IntegerPlan, unit: str) -> str:
+def statement_of(integer: IntegerPlan, unit: str) -> str:
+    """What the certificate proves, and what it does not."""
     gap = 100 * integer.plan_gap
     return (
         "Proves: the file is within its byte budget, and among all plans that choose one of the "
-        f"measured options per layer within it, none has less than {integer.bound:.6g} "
-        f"{UNITS[unit]}; "
-        f"this one has {integer.distortion:.6g} (gap {gap:.4f} %). Does not prove: that the "
-        "prediction equals the model's measured loss, or that options which were not measured "
-        "are worse."
+        f"measured options per layer in at most {integer.budget_bits} bits, none has less than "
+        f"{integer.bound:.6g} {UNITS[unit]}; this one has {integer.distortion:.6g} (gap {gap:.4f} "
+        "%). With the original model and the calibration statistics it also proves every layer's "
+        "weighted error and the gap of its low-rank program. Does not prove: that the prediction "
+        "equals the model's measured loss, or that options which were not measured are worse. Not "
+        "recheckable from the files: the distortions of options that were not chosen, and "
+        "held_out_scale, the factor between a layer's error and its distortion."
     )
 
 
@@ -83,14 +90,22 @@ def _surrogate(proposal: Proposal) -> dict[str, Any]:
 
 
 def _layers(
-    job: Job, integer: IntegerPlan, run: PartialRun, fitter: Fitter, scale: Mapping[str, float]
+    job: Job,
+    integer: IntegerPlan,
+    curves: Curves,
+    run: PartialRun,
+    fitter: Fitter,
+    scale: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Per layer: option, bits, rank, losses, and the distance from the waterfilling limit."""
+    """Per layer: option, bits, rank, losses, the waterfilling limit, and its low-rank program."""
+    menus = {group.name: group for group in curves.groups}
 
     def work(name: str) -> dict[str, Any]:
         site = next(s for s in job.sites if s.name == name)
         record = run.record(name)
-        limit = _limit(fitter, site, record["loss"])
+        problem = fitter.curvatures.problem(site, fitter.weight(site))
+        limit = _limit(problem, record["loss"])
+        distortion = menus[name].option(integer.choice[name]).distortion
         return {
             "label": integer.choice[name],
             "bits": record["bits"],
@@ -99,19 +114,31 @@ def _layers(
             "relative_loss": record["relative_loss"],
             "held_out_scale": scale.get(name, 1.0),
             "gap_to_waterfilling_bits": None if limit is None else record["bits"] - limit,
+            "program": _program(problem, record["loss"], distortion, integer.price, job.settings),
         }
 
     names = [site.name for site in job.sites]
     return dict(sorted(side_by_side(work, names, 1)))
 
 
-def _limit(fitter: Fitter, site: Any, loss: float) -> float | None:
-    W = fitter.skeleton.tensor(f"{site.name}.weight").float()
-    problem = fitter.curvatures.problem(site, W)
-    inputs = torch.linalg.eigvalsh(problem.hessian.matrix).numpy()
+def _limit(problem: Problem, loss: float) -> float | None:
+    if problem.groups:  # the limit is known for one pair of metrics only
+        return None
+    inputs = torch.linalg.eigvalsh(problem.hessian.matrix).cpu().numpy()
     output = None
     if problem.output is not None:
-        output = torch.linalg.eigvalsh(problem.output.matrix).numpy()
-    variance = float(W.double().square().mean())
-    limit = waterfilling_bits(variance, output, inputs, site.shape, loss)
+        output = torch.linalg.eigvalsh(problem.output.matrix).cpu().numpy()
+    variance = float(problem.W.double().square().mean())
+    m, n = problem.W.shape
+    limit = waterfilling_bits(variance, output, inputs, (m, n), loss)
     return limit if limit < float("inf") else None
+
+
+def _program(
+    problem: Problem, loss: float, distortion: float, price: float, settings: Settings
+) -> dict[str, Any] | None:
+    """The low-rank program under the input side of the curvature, at the plan's price."""
+    if distortion <= 0:
+        return None
+    price = price * (loss / distortion)  # from the plan's unit to that of the loss
+    return layer_program(problem.W, problem.hessian.matrix, loss, price, settings.factor_bits)
