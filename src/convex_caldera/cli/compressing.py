@@ -55,6 +55,10 @@ def compress(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Layers at a time; does not change the result.")
     ] = None,
+    hessians: Annotated[
+        Path | None,
+        typer.Option(help="Statistics of `calibrate` to use; collected into it where missing."),
+    ] = None,
     json: opt.Json = None,
 ) -> None:
     """Compress a model within a budget of bits per weight or bytes; resumes what was cut short."""
@@ -74,7 +78,9 @@ def compress(
         ),
     )  # fmt: skip
     with shown() as progress:
-        summary = compress_to(settings, output_dir, progress=progress, workers=workers)
+        summary = compress_to(
+            settings, output_dir, progress=progress, workers=workers, hessians=hessians
+        )
     print(summary.text())
     opt.write_json(json, summary.to_dict())
 
@@ -129,10 +135,18 @@ def calibrate(
     seed: opt.Seed = None,
     device: opt.Device = None,
     dtype: opt.DType = None,
+    curvature: Annotated[
+        str | None,
+        typer.Option(
+            "--curvature",
+            help="What to collect: input (second moments, the default) or kronecker (of the "
+            "model's loss, what the default method uses).",
+        ),
+    ] = None,
     allow_short: opt.AllowShort = None,
     json: opt.Json = None,
 ) -> None:
-    """Collect the second moments of every layer's input once, to be reused and verified with."""
+    """Collect the curvature of every layer once, to compress with and to verify with."""
     from convex_caldera.workflow.calibrating import calibrate_to
     from convex_caldera.workflow.progress import shown
 
@@ -145,7 +159,10 @@ def calibrate(
     )  # fmt: skip
     with shown() as progress:
         record = calibrate_to(settings, output_dir, progress=progress)
-    print(f"{record['sites']} input sites, {record['tokens']} tokens -> {output_dir}")
+    print(
+        f"{record['curvature']} curvature of {record['layers']} layers, {record['sites']} input "
+        f"sites, {record['tokens']} tokens -> {output_dir}"
+    )
     opt.write_json(json, record)
 
 
