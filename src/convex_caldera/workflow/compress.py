@@ -39,9 +39,11 @@ from convex_caldera.workflow.planning import (
     Plan,
     check_ties,
     chosen_sites,
+    fixed_budget,
     make_budget,
     uniform_plan,
 )
+from convex_caldera.workflow.precision import code_bits, precision_label
 from convex_caldera.workflow.progress import Progress, Silent
 from convex_caldera.workflow.settings import Settings
 
@@ -64,6 +66,8 @@ class Summary:
     calibration_tokens: int
     mean_relative_loss: float
     allocation: dict[str, Any] | None
+    precision: str
+    activations: str | None
     seconds: float
     peak_memory_bytes: int
 
@@ -81,8 +85,8 @@ class Summary:
             f"{self.file_bytes:,} bytes of weight files ({ratio:.2f}x smaller), "
             f"{self.bits_per_compressed_weight:.4f} bits per compressed weight, "
             f"{self.bits_per_weight:.4f} per all weights",
-            f"mean relative loss {self.mean_relative_loss:.5f}, {self.seconds:.1f} s, "
-            f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
+            f"{self.precision}, mean relative loss {self.mean_relative_loss:.5f}, "
+            f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
         ]
         if self.allocation is not None:
             lines.append(
@@ -179,6 +183,9 @@ def calibration_tokens(settings: Settings, skeleton: Skeleton) -> torch.Tensor:
 def budget_of(settings: Settings, source: SourceModel, sites: tuple[Site, ...]) -> Budget:
     """The budget in bytes, from the headers of the original's files."""
     weights = sum(site.shape[0] * site.shape[1] for site in sites)
+    fixed = fixed_budget(settings, sites, method_named(settings.method))
+    if fixed is not None:
+        return fixed
     rest = rest_file_bytes(source, [site.name for site in sites])
     return make_budget(settings, weights, rest, source.checkpoint.stored_bytes)
 
@@ -241,6 +248,8 @@ def _summary(
         calibration_tokens=0 if job.tokens is None else job.tokens.numel(),
         mean_relative_loss=sum(r["relative_loss"] for r in records.values()) / len(records),
         allocation=None if certificate is None else _allocation_summary(certificate, records),
+        precision=precision_label(map(code_bits, plan.recipes.values()), job.settings.activations),
+        activations=job.settings.activations,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
     )

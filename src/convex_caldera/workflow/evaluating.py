@@ -12,6 +12,7 @@ from convex_caldera.evaluate.compare import Candidate, Evaluation, evaluate
 from convex_caldera.evaluate.table import HEADINGS, plain_table, score_cells
 from convex_caldera.models.tokenizer import load_tokenizer
 from convex_caldera.workflow.models import ModelRef, open_model
+from convex_caldera.workflow.precision import activation_bits
 from convex_caldera.workflow.progress import Progress, Silent
 
 
@@ -27,11 +28,15 @@ class EvaluationResult:
         record = self.evaluation.to_dict()
         for entry, model in zip(record["models"], self.models, strict=True):
             entry["bits_per_weight"] = model.bits_per_weight
+            entry["activations"] = model.activations
         return {**record, "text": self.text_name}
 
     def text(self) -> str:
         protocol = self.evaluation.protocol
-        rows = score_cells(list(self.evaluation))
+        rows = [
+            _with_activations(cells, model.activations)
+            for cells, model in zip(score_cells(list(self.evaluation)), self.models, strict=True)
+        ]
         return (
             f"{plain_table(HEADINGS, rows)}\n\n{self.text_name}: {protocol.tokens} tokens, "
             f"windows of {protocol.window}, stride {protocol.stride}, "
@@ -82,6 +87,15 @@ def _candidate(model: ModelRef, device: str) -> Candidate:
         model.file_bytes,
         model.bits_per_compressed_weight,
     )
+
+
+def _with_activations(cells: tuple[str, ...], activations: str | None) -> tuple[str, ...]:
+    """The bits column says "4.605 A8" where activations are rounded too."""
+    column = HEADINGS.index("bits/weight")
+    if activations is None:
+        return cells
+    shown = f"{cells[column]} A{activation_bits(activations)}"
+    return (*cells[:column], shown, *cells[column + 1 :])
 
 
 class _Meter:

@@ -44,6 +44,7 @@ class Inspection:
             f"{totals['method']}: {totals['file_bytes']:,} bytes, "
             f"{totals['bits_per_compressed_weight']:.4f} bits per compressed weight, "
             f"{totals['bits_per_weight']:.4f} per all weights"
+            + (f", activations {totals['activations']}" if totals["activations"] else "")
         )
 
 
@@ -66,6 +67,7 @@ def inspect_directory(directory: Path) -> Inspection:
             "compressed_bytes": sizes.compressed_bytes,
             "bits_per_compressed_weight": sizes.bits_per_compressed_weight,
             "bits_per_weight": sizes.bits_per_weight,
+            "activations": container.activations,
         },
     )
 

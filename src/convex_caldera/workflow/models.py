@@ -20,7 +20,7 @@ class ModelRef:
     """A model on disk.
 
     `bits_per_compressed_weight` and `bits_per_weight` count file bytes; for an original both
-    are those of its stored precision.
+    are those of its stored precision. `activations` is what it rounds them to, if it does.
     """
 
     name: str
@@ -29,6 +29,7 @@ class ModelRef:
     file_bytes: int
     bits_per_compressed_weight: float
     bits_per_weight: float
+    activations: str | None = None
 
     def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """A transformers causal language model in evaluation mode, computing in `dtype`."""
@@ -62,7 +63,8 @@ def open_model(name: str) -> ModelRef:
     path = resolve_model(name)
     quantization = read_json(path / "config.json").get("quantization_config") or {}
     if quantization.get("quant_method") == QUANT_METHOD:
-        sizes = open_container(path, verify=False).sizes()
+        container = open_container(path, verify=False)
+        sizes = container.sizes()
         return ModelRef(
             name,
             path,
@@ -70,6 +72,7 @@ def open_model(name: str) -> ModelRef:
             sizes.file_bytes,
             sizes.bits_per_compressed_weight,
             sizes.bits_per_weight,
+            container.activations,
         )
     checkpoint = Checkpoint(path)
     weights = sum(_numel(shape) for shape in checkpoint.shapes().values())

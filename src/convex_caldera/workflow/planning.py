@@ -124,6 +124,19 @@ def chosen_sites(sites: Sequence[S], ignore: Iterable[str]) -> tuple[S, ...]:
     return kept
 
 
+def fixed_budget(settings: Settings, sites: Sequence[NamedMatrix], method: Method) -> Budget | None:
+    """What all layers take where no budget is given and formats and ranks leave no choice."""
+    if (settings.bits, settings.size, settings.ratio) != (None, None, None) or method.allocates:
+        return None
+    check_wishes(sites, method, settings)
+    ladders = {site.name: _ladder(site, method, settings) for site in sites}
+    if any(len(ladder) != 1 for ladder in ladders.values()):
+        return None
+    recipes = {name: ladder[0] for name, ladder in ladders.items()}
+    size = planned_bytes(recipes, {site.name: site.shape for site in sites})
+    return Budget(size, "the formats given")
+
+
 def make_budget(settings: Settings, weights: int, rest_bytes: int, original_bytes: int) -> Budget:
     """The user's budget as bytes of the compressed shards.
 
@@ -297,6 +310,8 @@ def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recip
     else:
         menu = [wishes]
     recipes = [recipe for wish in menu for recipe in method.ladder(site.shape, wish)]
+    if settings.curvature == "guided":
+        recipes = [keep_rows_apart(recipe) for recipe in recipes]
     by_size: dict[int, Recipe] = {layer_bytes(r, site.shape): r for r in recipes}
     return [by_size[size] for size in sorted(by_size)]
 
