@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convex_caldera.certify.codec import Array, finite
+from convex_caldera.certify.decode_entropy import fixed_width
 from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.certify.reader import Layer
 from convex_caldera.certify.shard import ELEMENT_BYTES, from_bytes
@@ -76,6 +77,9 @@ def _factor(
 
 
 def _values(coded: Coded, tensors: dict[str, Array]) -> NDArray[np.float32]:
+    if coded.coder is not None:
+        fixed = fixed_width(coded.coder, tensors["codes"], coded.code_bytes)
+        tensors = {**tensors, "codes": fixed}
     return QUANTIZERS[coded.record["kind"]].decode(coded.record, coded.shape, tensors)
 
 

@@ -6,7 +6,8 @@
 
     scheme   [m, n, [transform, ...], [term, ...]]
     term     k                     coded by records[k]
-             [rank, left, right]   low rank; a factor is k, coded by records[k], or null: dense
+             [k, [c, bytes]]       the same, codes entropy-coded by records[c] in so many bytes
+             [rank, left, right]   low rank; a factor is written as a coded term, or null: dense
 
 the layers in the order of their names, each with the number of its scheme; a transform is the
 number of a record. Names are those of the tensors, `<layer>.<field>`. A coded left factor is
@@ -31,6 +32,7 @@ from convex_caldera.certify.codec import (
     TransformFormat,
     check_record,
 )
+from convex_caldera.certify.decode_entropy import CODERS
 from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.certify.shard import ELEMENT_BYTES, Shard
 from convex_caldera.certify.strict import listing, natural, parse, short, table
@@ -43,15 +45,21 @@ MAX_SIDE = (1 << 31) - 1
 PACKED = "packed"
 FACTOR_DTYPES = ("F16", "BF16", "F32")
 MOST_WEIGHTS_A_BYTE = 64
+MOST_CODED_WEIGHTS_A_BYTE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A record (quantizer or transform), the shape it applies to, and its stored tensors."""
+    """A record (quantizer or transform), the shape it applies to, and its stored tensors.
+
+    `coder` is the record of the entropy coder of its codes, whose fixed width is `code_bytes`.
+    """
 
     record: Record
     shape: Shape
     tensors: Layout
+    coder: Record | None = None
+    code_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,20 +189,39 @@ class _Records:
         number: Any,
         shape: Shape,
         formats: Mapping[str, QuantizerFormat] | Mapping[str, TransformFormat],
+        most: int = MOST_WEIGHTS_A_BYTE,
     ) -> Coded:
         """The record of that number applied to a matrix of `shape`."""
+        record = self.record(number, formats)
+        if shape[0] * shape[1] > most * self.file_bytes:
+            raise FormatError(
+                f"{self.where}: {shape} is too large for a file of {self.file_bytes} bytes"
+            )
+        return Coded(record, shape, formats[record["kind"]].layout(record, shape))
+
+    def quantized(self, item: Any, shape: Shape) -> Coded:
+        """A coded term or factor: k, or [k, [c, bytes]] where its codes are entropy-coded."""
+        if not isinstance(item, list):
+            return self.coded(item, shape, QUANTIZERS)
+        if len(item) != 2 or not isinstance(item[1], list) or len(item[1]) != 2:
+            raise FormatError(f"{self.where}: a coded term is k or [k, [coder, bytes]]")
+        plain = self.coded(item[0], shape, QUANTIZERS, MOST_CODED_WEIGHTS_A_BYTE)
+        coder = self.record(item[1][0], CODERS)
+        size = natural(item[1][1], f"{self.where}: bytes of codes", self.file_bytes)
+        (fixed,) = plain.tensors["codes"][1]
+        tensors = {**plain.tensors, "codes": ("U8", (size,))}
+        return Coded(plain.record, shape, tensors, coder, fixed)
+
+    def record(self, number: Any, formats: Mapping[str, Any]) -> Record:
+        """The record of that number, of one of these kinds and with possible options."""
         k = natural(number, f"{self.where}: record number", len(self.records) - 1)
         record, where = self.records[k], f"{self.where}: record {k}"
         kind = record.get("kind") if isinstance(record, dict) else None
         if not isinstance(kind, str) or kind not in formats:
             raise FormatError(f"{where}: the kind {short(kind)} is unknown here")
         check_record(record, formats[kind].options, where)
-        if shape[0] * shape[1] > MOST_WEIGHTS_A_BYTE * self.file_bytes:
-            raise FormatError(
-                f"{where}: {shape} is too large for a file of {self.file_bytes} bytes"
-            )
         self.used.add(k)
-        return Coded(record, shape, formats[kind].layout(record, shape))
+        return record
 
 
 def _scheme(value: Any, known: _Records, where: str) -> LayerSpec:
@@ -212,15 +239,15 @@ def _scheme(value: Any, known: _Records, where: str) -> LayerSpec:
 
 
 def _term(item: Any, shape: Shape, known: _Records, where: str) -> Coded | LowRank:
-    if not isinstance(item, list):
-        return known.coded(item, shape, QUANTIZERS)
+    if not isinstance(item, list) or len(item) == 2:
+        return known.quantized(item, shape)
     if len(item) != 3:
         raise FormatError(f"{where}: a low-rank term is [rank, left, right]")
     rank = natural(item[0], f"{where}: rank", min(shape))
     if rank == 0:
         raise FormatError(f"{where}: rank 0 is not stored")
     left, right = (
-        None if side is None else known.coded(side, (rank, width), QUANTIZERS)
+        None if side is None else known.quantized(side, (rank, width))
         for side, width in zip(item[1:], shape, strict=True)
     )
     return LowRank(rank, left, right)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from convex_caldera.core.protocols import Quantizer, Transform
+from convex_caldera.core.protocols import Coder, Quantizer, RateLimited, Transform
 from convex_caldera.errors import RecipeError
 
 # Which part of H a step may see. "mean_abs" is L2QER's statistic, diag(E|x|)^2.
@@ -27,6 +27,7 @@ class Quantize:
         sweeps: Gauss-Seidel refinement passes after LDLQ (QuIP# "tune").
         downdate: round under H minus what the low-rank term already serves (CALDERA code).
         gains: multiples of the quantizer's own scale to try; the least loss is kept.
+        coder: entropy coding of the codes; None stores them at their fixed width.
     """
 
     quantizer: Quantizer
@@ -34,9 +35,12 @@ class Quantize:
     sweeps: int = 0
     downdate: bool = False
     gains: tuple[float, ...] = (1.0,)
+    coder: Coder | None = None
 
     def __post_init__(self) -> None:
         _check_metric(self.metric)
+        if isinstance(self.quantizer, RateLimited) and self.coder is None:
+            raise RecipeError(f"{self.quantizer} needs a coder: its fixed-width codes are wide")
         if self.sweeps < 0 or not self.gains or min(self.gains) <= 0:
             raise RecipeError(f"sweeps must be >= 0 and gains positive, got {self}")
 
@@ -57,6 +61,8 @@ class FactorCoding:
     balanced: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.quantizer, RateLimited):
+            raise RecipeError(f"factors have no entropy coder, which {self.quantizer} needs")
         if self.iterations < 1:
             raise RecipeError(f"coded factors need at least one iteration, got {self.iterations}")
 

@@ -1,6 +1,6 @@
 """What a compressed weight is made of: a closed set of terms, and the layer that sums them.
 
-    W^ = T^-1( sum of terms ),   term = Coded(codes, fitted) | LowRank(left, right)
+    W^ = T^-1( sum of terms ),   term = Coded(codes, fitted, coder) | LowRank(left, right)
 
 and a factor of a low-rank term is dense (16 bits) or itself coded.
 """
@@ -8,27 +8,51 @@ and a factor of a low-rank term is dense (16 bits) or itself coded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
 
-from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
+from convex_caldera.core.protocols import Coder, FittedQuantizer, FittedTransform, RateLimited
+
+# What naming a coder costs in a file header at most: entropy coding must save more than that.
+CODER_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Integer codes and the fitted quantizer that turns them into an (m, n) matrix."""
+    """Integer codes and the fitted quantizer that turns them into an (m, n) matrix.
+
+    With a `coder` codes are stored entropy-coded, if that is shorter by more than what naming the
+    coder costs, or if the quantizer's rate is meant so.
+    """
 
     codes: Tensor
     fitted: FittedQuantizer
+    coder: Coder | None = None
 
     def decode(self) -> Tensor:
         return self.fitted.decode(self.codes)
 
     def stored_bytes(self) -> int:
         side = sum(t.numel() * t.element_size() for t in self.fitted.tensors().values())
-        return self.fitted.pack(self.codes).numel() + side
+        return self.stored_codes[0].numel() + side
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """Codes at their fixed width, flat uint8."""
+        return self.fitted.pack(self.codes)
+
+    @cached_property
+    def stored_codes(self) -> tuple[Tensor, Coder | None]:
+        """Codes as stored, flat uint8, and the coder that reads them, None at fixed width."""
+        if self.coder is None:
+            return self.packed, None
+        coded = self.coder.encode(self.packed)
+        meant = isinstance(self.fitted.quantizer, RateLimited)
+        if meant or coded.numel() + CODER_HEADER_BYTES < self.packed.numel():
+            return coded, self.coder
+        return self.packed, None
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,7 +195,7 @@ class TunableLinear(nn.Module):
             return term
         assert isinstance(term, Coded)
         values = {field: self.tuned[f"{field}_{i}"].value().cpu() for field in self._coded[i]}
-        return Coded(term.codes, replace(term.fitted, **values))  # type: ignore[type-var]
+        return Coded(term.codes, replace(term.fitted, **values), term.coder)  # type: ignore[type-var]
 
     def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.tuned[f"left_{i}"], self.tuned[f"right_{i}"]) for i in self._factors]
@@ -252,7 +252,7 @@ class TunableLinear(nn.Module):
             term = terms[i]
             assert isinstance(term, Coded)
             values = {field: self.tuned[f"{field}_{i}"].stored() for field in fields}
-            terms[i] = Coded(term.codes, replace(term.fitted, **values))  # type: ignore[type-var]
+            terms[i] = Coded(term.codes, replace(term.fitted, **values), term.coder)  # type: ignore[type-var]
         return CompressedLayer(self.original.shape, tuple(terms), self._stored_transforms())
 
     def _stored_transforms(self) -> tuple[FittedTransform, ...]:

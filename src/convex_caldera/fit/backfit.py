@@ -8,6 +8,7 @@ previous codes"). The trace records every half-step.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import reduce
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
-from convex_caldera.core.protocols import FittedQuantizer, FittedTransform
+from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, RateLimited
 from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe, Step
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import NumericalError, RecipeError
@@ -175,13 +176,32 @@ def fit_coded(step: Quantize, residual: Tensor, problem: Problem, right: Tensor 
         codes, W_hat = _round(residual, fitted, uppers, problem)
         loss = inner.loss(W_hat, residual.dtype) if len(step.gains) > 1 else 0.0
         if best is None or loss < best[0]:
-            best = (loss, Coded(codes, fitted), W_hat)
+            best = (loss, Coded(codes, fitted, step.coder), W_hat)
     assert best is not None  # Quantize has at least one gain
     coded, W_hat = best[1], best[2]
     if step.sweeps and H is not None and problem.output is None:
         codes, _ = refine(residual, coded.codes, W_hat, coded.fitted, H, step.sweeps)
-        coded = Coded(codes, coded.fitted)
-    return coded
+        coded = Coded(codes, coded.fitted, step.coder)
+    return _within_rate(coded, step, residual, problem, right)
+
+
+def _within_rate(
+    coded: Coded, step: Quantize, residual: Tensor, problem: Problem, right: Tensor | None
+) -> Coded:
+    """The codes, if entropy-coded they keep what their quantizer promised; else coarser ones.
+
+    Feedback widens what is rounded by its own errors, and so the codes' entropy, a little: b bits
+    per weight too many ask for steps 2^b wider.
+    """
+    quantizer = step.quantizer
+    if not isinstance(quantizer, RateLimited):
+        return coded
+    m, n = residual.shape
+    excess = coded.stored_codes[0].numel() - quantizer.most_coded_bytes((m, n))
+    if excess <= 0:
+        return coded
+    wider = tuple(gain * 2.0 ** (8 * excess / (m * n) + 0.002) for gain in step.gains)
+    return fit_coded(dataclasses.replace(step, gains=wider), residual, problem, right)
 
 
 def _round(

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from convex_caldera import quantizers, transforms
-from convex_caldera.core.protocols import Quantizer, Transform
+from convex_caldera import coding, quantizers, transforms
+from convex_caldera.core.protocols import Coder, Quantizer, Transform
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import RecipeError
 
@@ -75,7 +75,7 @@ def recipe_hash(recipe: Recipe) -> str:
 
 
 def _classes() -> dict[str, type]:
-    return {**quantizers.TABLE, **transforms.TABLE, **STEPS, **OTHERS}
+    return {**quantizers.TABLE, **transforms.TABLE, **coding.TABLE, **STEPS, **OTHERS}
 
 
 def _kind(cls: type) -> str:
@@ -149,6 +149,8 @@ def _read(value: Any, hint: Any, where: str) -> Any:
         return _read_tuple(value, get_args(hint), where)
     if hint is Quantizer:
         return _build(value, quantizers.TABLE, where)
+    if hint is Coder:
+        return _build(value, coding.TABLE, where)
     if hint is Transform:
         return _build(value, transforms.TABLE, where)
     if dataclasses.is_dataclass(hint):

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, Quantizer
+from convex_caldera.core.protocols import (
+    Coder,
+    FittedQuantizer,
+    FittedTransform,
+    Quantizer,
+    RateLimited,
+)
 from convex_caldera.core.recipe import Quantize, Recipe
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import FormatError, RecipeError
@@ -82,12 +88,13 @@ def recipe_layout(recipe: Recipe, shape: tuple[int, int]) -> tuple[Spec, Layout]
     """What a layer of `shape` fitted by `recipe` will be stored as, before any data is seen.
 
     The spec is equal to that of `layer_to_tensors` for the fitted layer, and the layout to the
-    dtypes and shapes of its tensors. Raises RecipeError if a rank exceeds the shape.
+    dtypes and shapes of its tensors; where codes are to be entropy-coded, no file with the fitted
+    layer is larger than with this one. Raises RecipeError if a rank exceeds the shape.
     """
     terms: list[Spec] = []
     for step in recipe.steps:
         if isinstance(step, Quantize):
-            terms.append(coded_spec(step.quantizer, shape))
+            terms.append(_longest_spec(step, shape))
         elif step.rank:
             quantizer = step.factors.quantizer if step.factors else None
             terms.append(_low_rank_spec(step.rank, shape, quantizer, quantizer))
@@ -96,9 +103,17 @@ def recipe_layout(recipe: Recipe, shape: tuple[int, int]) -> tuple[Spec, Layout]
     return spec, spec_layout(spec, torch.float16)
 
 
+def _longest_spec(step: Quantize, shape: tuple[int, int]) -> Spec:
+    """At fixed width, or with as many bytes as a quantizer meant for its coder may need."""
+    if step.coder is None or not isinstance(step.quantizer, RateLimited):
+        return coded_spec(step.quantizer, shape)
+    return coded_spec(step.quantizer, shape, step.coder, step.quantizer.most_coded_bytes(shape))
+
+
 def _term_spec(term: Term, shape: tuple[int, int]) -> Spec:
     if isinstance(term, Coded):
-        return coded_spec(term.fitted.quantizer, shape)
+        codes, coder = term.stored_codes
+        return coded_spec(term.fitted.quantizer, shape, coder, codes.numel())
     left, right = (
         factor.fitted.quantizer if isinstance(factor, Coded) else None
         for factor in (term.left, term.right)
@@ -120,7 +135,7 @@ def _low_rank_spec(
 
 
 def _coded_tensors(coded: Coded) -> dict[str, Tensor]:
-    return {**coded.fitted.tensors(), CODES: coded.fitted.pack(coded.codes)}
+    return {**coded.fitted.tensors(), CODES: coded.stored_codes[0]}
 
 
 def _checked(values: Mapping[Owner, Mapping[str, Tensor]], part: Part) -> Tensor:
@@ -138,13 +153,17 @@ def _checked(values: Mapping[Owner, Mapping[str, Tensor]], part: Part) -> Tensor
 
 @dataclass(frozen=True, eq=False)
 class StoredCoded:
-    """Codes still packed, and the fitted quantizer that reads them."""
+    """Codes still packed, at their fixed width, and the fitted quantizer that reads them.
+
+    `coder` is that of the file, to which the codes go back.
+    """
 
     packed: Tensor
     fitted: FittedQuantizer
+    coder: Coder | None = None
 
     def unpack(self) -> Coded:
-        return Coded(self.fitted.unpack(self.packed), self.fitted)
+        return Coded(self.fitted.unpack(self.packed), self.fitted, self.coder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +225,14 @@ def stored_terms(
 
 def _stored_coded(item: Spec, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> StoredCoded:
     side = _finite({name: t for name, t in stored.items() if name != CODES})
-    return StoredCoded(stored[CODES], from_record(item["quantizer"]).restore(shape, side))
+    quantizer = from_record(item["quantizer"])
+    fitted = quantizer.restore(shape, side)
+    if "coder" not in item:
+        return StoredCoded(stored[CODES], fitted)
+    coder = from_record(item["coder"])
+    (num_bytes,) = quantizer.layout(shape)[CODES][1]
+    packed = coder.decode(stored[CODES], num_bytes).to(stored[CODES].device)
+    return StoredCoded(packed, fitted, coder)
 
 
 def _finite(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -2,7 +2,8 @@
 
     scheme   [m, n, [transform, ...], [term, ...]]
     term     k                    coded by record k
-             [rank, left, right]  low rank; each factor k, or null if dense
+             [k, [c, bytes]]      the same, its codes entropy-coded by record c in so many bytes
+             [rank, left, right]  low rank; each factor as a coded term, or null if dense
 
 A plan that gives every layer its own rank so costs some 25 header bytes per layer and not 850.
 What each kind stores for a matrix of given shape follows from its record (`layout`), so dtypes
@@ -16,10 +17,19 @@ from typing import Any
 
 from convex_caldera.errors import FormatError, RecipeError
 from convex_caldera.recipes.records import Record, canonical_json, from_record, to_record
-from convex_caldera.storage.spec import MAX_FEATURES, TABLES, Spec, coded_spec, transform_spec
+from convex_caldera.storage.spec import (
+    CODES,
+    MAX_FEATURES,
+    TABLES,
+    Spec,
+    coded_spec,
+    transform_spec,
+)
 
-# No quantizer stores less than an eighth of a bit per weight; more is a hostile shape.
+# No quantizer stores less than an eighth of a bit per weight; more is a hostile shape. Entropy
+# coding may do with nothing but a header.
 MAX_WEIGHTS_PER_BYTE = 64
+MAX_CODED_WEIGHTS_PER_BYTE = 1 << 20
 
 
 def compact(specs: Sequence[Spec]) -> tuple[list[Record], list[Any]]:
@@ -34,12 +44,19 @@ def compact(specs: Sequence[Spec]) -> tuple[list[Record], list[Any]]:
             records.append(record)
         return numbers[text]
 
-    def factor(item: Spec) -> int | None:
-        return None if item["kind"] == "dense" else number(item["quantizer"])
+    def coded(item: Spec) -> Any:
+        quantizer = number(item["quantizer"])
+        if "coder" not in item:
+            return quantizer
+        (num_bytes,) = item["tensors"][CODES][1]
+        return [quantizer, [number(item["coder"]), num_bytes]]
+
+    def factor(item: Spec) -> Any:
+        return None if item["kind"] == "dense" else coded(item)
 
     def term(item: Spec) -> Any:
         if item["kind"] == "coded":
-            return number(item["quantizer"])
+            return coded(item)
         return [item["rank"], factor(item["left"]), factor(item["right"])]
 
     schemes = [
@@ -62,7 +79,7 @@ def expand(records: Any, schemes: Any, num_bytes: int) -> list[Spec]:
     owners = [_owner(record) for record in _list(records, "records")]
     if len({canonical_json(record) for record in records}) != len(records):
         raise FormatError("a record is written twice")
-    reader = _Reader(owners, MAX_WEIGHTS_PER_BYTE * num_bytes)
+    reader = _Reader(owners, num_bytes)
     specs = [reader.spec(scheme) for scheme in _list(schemes, "schemes")]
     if reader.used != set(range(len(owners))):
         raise FormatError("a record is used by no scheme")
@@ -72,9 +89,9 @@ def expand(records: Any, schemes: Any, num_bytes: int) -> list[Spec]:
 class _Reader:
     """Expands schemes, remembering which records they use."""
 
-    def __init__(self, owners: list[tuple[str, Any]], max_weights: int):
+    def __init__(self, owners: list[tuple[str, Any]], file_bytes: int):
         self.owners = owners
-        self.max_weights = max_weights
+        self.file_bytes = file_bytes
         self.used: set[int] = set()
 
     def spec(self, scheme: Any) -> Spec:
@@ -87,11 +104,11 @@ class _Reader:
         if not terms:
             raise FormatError("a layer without terms would decode to zeros")
         numbers = _list(scheme[2], "transforms")
-        transforms = [transform_spec(self._get(k, "transform", shape), shape) for k in numbers]
+        transforms = [transform_spec(self._get(k, "transform"), shape) for k in numbers]
         return {"shape": list(shape), "transforms": transforms, "terms": terms}
 
     def _term(self, item: Any, shape: tuple[int, int]) -> Spec:
-        if not isinstance(item, list):
+        if not isinstance(item, list) or len(item) == 2:
             return self._coded(item, shape)
         if len(item) != 3 or type(item[0]) is not int or not 0 < item[0] <= min(shape):
             raise FormatError(f"a low-rank term is [rank, left, right], got {_short(item)}")
@@ -103,22 +120,34 @@ class _Reader:
         }
         return {"kind": "low_rank", "rank": rank, **factors}
 
-    def _coded(self, number: Any, shape: tuple[int, int]) -> Spec:
-        return coded_spec(self._get(number, "quantizer", shape), shape)
+    def _coded(self, item: Any, shape: tuple[int, int]) -> Spec:
+        if not isinstance(item, list):
+            self._check_size(shape, MAX_WEIGHTS_PER_BYTE)
+            return coded_spec(self._get(item, "quantizer"), shape)
+        if len(item) != 2 or not isinstance(item[1], list) or len(item[1]) != 2:
+            raise FormatError(f"a coded term is k or [k, [coder, bytes]], got {_short(item)}")
+        self._check_size(shape, MAX_CODED_WEIGHTS_PER_BYTE)
+        number, (coder, num_bytes) = item
+        if type(num_bytes) is not int or not 0 <= num_bytes <= self.file_bytes:
+            raise FormatError(f"codes of {_short(num_bytes)} bytes cannot be in this file")
+        quantizer = self._get(number, "quantizer")
+        return coded_spec(quantizer, shape, self._get(coder, "coder"), num_bytes)
 
-    def _get(self, number: Any, role: str, shape: tuple[int, int]) -> Any:
+    def _check_size(self, shape: tuple[int, int], weights_per_byte: int) -> None:
+        if shape[0] * shape[1] > weights_per_byte * self.file_bytes:
+            raise FormatError(f"a coded matrix {shape} cannot be in a file of this size")
+
+    def _get(self, number: Any, role: str) -> Any:
         if type(number) is not int or not 0 <= number < len(self.owners):
             raise FormatError(f"record {_short(number)} of {len(self.owners)}")
         if self.owners[number][0] != role:
             raise FormatError(f"record {number} is no {role}")
-        if role == "quantizer" and shape[0] * shape[1] > self.max_weights:
-            raise FormatError(f"a coded matrix {shape} cannot be in a file of this size")
         self.used.add(number)
         return self.owners[number][1]
 
 
 def _owner(record: Any) -> tuple[str, Any]:
-    """("quantizer" or "transform", the object) of a record in canonical form."""
+    """("quantizer", "transform" or "coder", the object) of a record in canonical form."""
     kind = record.get("kind") if isinstance(record, dict) else None
     role = next((r for r, table in TABLES.items() if isinstance(kind, str) and kind in table), None)
     if role is None:

@@ -5,8 +5,10 @@
      "terms": [{"kind": "coded", "quantizer": record, "tensors": {..., "codes": ["U8", [bytes]]}},
                {"kind": "low_rank", "rank": r, "left": factor, "right": factor}]}
 
-where a factor is {"kind": "dense"} or coded. Layers of one shape and recipe share one spec. In
-files specs are written more shortly, see `schemes`.
+where a factor is {"kind": "dense"} or coded. A coded item whose codes are entropy-coded also has
+"coder": record, and "codes" is as long as they happen to be. Layers of one shape and recipe share
+one spec, unless their codes are entropy-coded. In files specs are written more shortly, see
+`schemes`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Any
 
 import torch
 
-from convex_caldera import quantizers, transforms
-from convex_caldera.core.protocols import Quantizer, Transform
+from convex_caldera import coding, quantizers, transforms
+from convex_caldera.core.protocols import Coder, Quantizer, Transform
 from convex_caldera.recipes.records import to_record
 from convex_caldera.storage.shard import ALIGNMENT, DTYPES, NAMES
 
@@ -32,6 +34,7 @@ CODES = "codes"
 MAX_FEATURES = 1 << 31
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TABLES: dict[str, Mapping[str, type]] = {
+    "coder": coding.TABLE,
     "quantizer": quantizers.TABLE,
     "transform": transforms.TABLE,
 }
@@ -93,13 +96,22 @@ def spec_layout(spec: Spec, factor_dtype: torch.dtype = torch.float16) -> Layout
     return layout
 
 
-def coded_spec(quantizer: Quantizer, shape: tuple[int, int]) -> Spec:
-    """The item of a coded term or factor of `shape`."""
-    return {
+def coded_spec(
+    quantizer: Quantizer,
+    shape: tuple[int, int],
+    coder: Coder | None = None,
+    coded_bytes: int = 0,
+) -> Spec:
+    """The item of a coded term or factor of `shape`; its codes in `coded_bytes` by `coder`."""
+    spec = {
         "kind": "coded",
         "quantizer": to_record(quantizer),
         "tensors": _layout(quantizer, shape),
     }
+    if coder is not None:
+        spec["coder"] = to_record(coder)
+        spec["tensors"][CODES] = [NAMES[torch.uint8], [coded_bytes]]
+    return spec
 
 
 def transform_spec(transform: Transform, shape: tuple[int, int]) -> Spec:
