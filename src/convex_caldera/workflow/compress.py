@@ -86,7 +86,8 @@ class Summary:
             f"{self.bits_per_compressed_weight:.4f} bits per compressed weight, "
             f"{self.bits_per_weight:.4f} per all weights",
             f"{self.precision}, mean relative loss {self.mean_relative_loss:.5f}, "
-            f"{self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
+            f"{self.seconds:.1f} s, "
+            f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
         ]
         if self.allocation is not None:
             lines.append(
