@@ -197,6 +197,7 @@ def test_program_mu_for_ranks_keeps_them():
     H = [torch.from_numpy(h) for h in instance.H]
     constants = instance.constants()
     del constants["mu"], constants["tau"]
+    constants["c"] = constants["c"] * 1e-4  # R costs what its energy costs, so that Z pays
     ranks = [g % 3 for g in range(len(W))]
     mu = mu_for_ranks(W, H, ranks, **constants)
     found = solve_program(W, H, mu=mu, tol=1e-5, **constants)

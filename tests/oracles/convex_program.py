@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+BOX_MARGIN = 1e-3  # bits from an end of the box within which they count as at it
+TINY = 1e-300
+
 
 @dataclass(frozen=True, eq=False)
 class Instance:
@@ -35,7 +38,11 @@ class Instance:
 
 
 def random_instance(seed: int, form: str, most: int = 12) -> Instance:
-    """1 to 4 groups, correlated inputs, budgets from tight to slack, kappa and c over decades."""
+    """1 to 4 groups, correlated inputs, kappa and c over decades, budgets from tight to slack.
+
+    c puts the bits at which the quantizer's distortion meets the energy of W anywhere between a
+    little below b_min and a little above b_max, so that about half of the budgets bind.
+    """
     rng = np.random.default_rng(seed)
     groups = int(rng.integers(1, 5))
     W, H = [], []
@@ -47,32 +54,49 @@ def random_instance(seed: int, form: str, most: int = 12) -> Instance:
     energy = np.array([np.sum(w * w) for w in W])
     p = rng.integers(10, 100, size=groups).astype(float)
     b_min, b_max = np.ones(groups), rng.uniform(4, 8, size=groups)
+    kappa, k = energy * np.exp(rng.uniform(-3, 1, size=groups)), rng.uniform(0.7, 2, size=groups)
+    meeting = b_min - 1 + rng.uniform(size=groups) * (b_max - b_min + 2)
     share = rng.uniform(0, 1.1)
-    norms = np.array([np.linalg.norm(w @ h, 2) for w, h in zip(W, H, strict=True)])
+    lam = np.exp(rng.normal(size=groups))
+    # From ||W H_s|| on, at the largest s, Z is zero.
+    s = lam / kappa
+    norms = np.array(
+        [np.linalg.norm(w @ saturated(h, 2 * x), 2) for w, h, x in zip(W, H, s, strict=True)]
+    )
     sums = np.array([np.linalg.norm(w, "nuc") for w in W])
     return Instance(
         W,
         H,
-        lam=np.exp(rng.normal(size=groups)),
-        kappa=energy * np.exp(rng.uniform(-3, 1, size=groups)),
-        c=np.exp(rng.uniform(-1, 4, size=groups)),
-        k=rng.uniform(0.7, 2, size=groups),
+        lam=lam,
+        kappa=kappa,
+        c=energy / kappa * np.exp(k * meeting),
+        k=k,
         p=p,
         b_min=b_min,
         b_max=b_max,
         budget=float(p @ (b_min + share * (b_max - b_min))),
-        mu=norms * np.exp(rng.uniform(-4, -0.5, size=groups)) if form == "penalty" else None,
+        mu=norms * np.exp(rng.uniform(-4, 0, size=groups)) if form == "penalty" else None,
         tau=sums * rng.uniform(0.1, 0.9, size=groups) if form == "constrained" else None,
     )
 
 
+def saturated(H: np.ndarray, most: float) -> np.ndarray:
+    """H_s with every eigenvalue h lowered to most h / (most + h), most = 2 s."""
+    return most * np.linalg.solve(H + most * np.eye(len(H)), H)
+
+
 def solve_by_cone(instance: Instance, solver: str = "CLARABEL", **options: Any) -> dict[str, Any]:
-    """Objective, price, bits and low-rank matrices by a general conic solver."""
+    """Objective, price, bits, multipliers s and low-rank matrices by a general conic solver.
+
+    `stationarity` and `violation` are the solver's own relative errors: of
+    (lam - kappa s) c k e^{-k b} = nu p over groups whose bits are inside their box, and of the
+    budget and q >= c e^{-k b}.
+    """
     import cvxpy as cp
 
     groups = len(instance.W)
     bits, q = cp.Variable(groups), cp.Variable(groups)
-    objective, rows, low_rank = 0, [], []
+    objective, rows, low_rank, energies = 0, [], [], []
     for g, (W, H) in enumerate(zip(instance.W, instance.H, strict=True)):
         C = np.linalg.cholesky(H)
         Z, R = cp.Variable(W.shape), cp.Variable(W.shape)
@@ -83,7 +107,8 @@ def solve_by_cone(instance: Instance, solver: str = "CLARABEL", **options: Any) 
         else:
             rows.append(cp.normNuc(Z) <= instance.tau[g])
         decayed = (-instance.k[g] * bits[g], cp.Constant(1.0), q[g] / instance.c[g])
-        rows += [cp.sum_squares(R) <= instance.kappa[g] * q[g], cp.ExpCone(*decayed)]
+        energies.append(cp.sum_squares(R) <= instance.kappa[g] * q[g])
+        rows += [energies[g], cp.ExpCone(*decayed)]
     # Scaled so that the row is of order one.
     budget = instance.p @ bits / instance.p.sum() <= instance.budget / instance.p.sum()
     rows += [bits >= instance.b_min, bits <= instance.b_max, budget]
@@ -91,10 +116,19 @@ def solve_by_cone(instance: Instance, solver: str = "CLARABEL", **options: Any) 
     if solver == "CLARABEL" and not options:
         options = {"tol_gap_rel": 1e-10, "tol_gap_abs": 1e-10, "tol_feas": 1e-10}
     problem.solve(solver=solver, **options)
+    price, b = float(budget.dual_value) / instance.p.sum(), np.asarray(bits.value)
+    s = np.array([np.ravel(row.dual_value)[0] for row in energies])
+    decay = instance.c * np.exp(-instance.k * b)
+    pull, push = (instance.lam - instance.kappa * s) * instance.k * decay, price * instance.p
+    inside = (b > instance.b_min + BOX_MARGIN) & (b < instance.b_max - BOX_MARGIN)
+    over = [instance.p @ b / instance.budget - 1.0, *(1.0 - np.asarray(q.value) / decay)]
     return {
         "status": problem.status,
         "objective": float(problem.value),
-        "price": float(budget.dual_value) / instance.p.sum(),
-        "bits": np.asarray(bits.value),
+        "price": price,
+        "bits": b,
+        "multipliers": s,
         "low_rank": [Z.value for Z in low_rank],
+        "stationarity": float(np.abs(pull - push)[inside].max(initial=0.0) / max(push.max(), TINY)),
+        "violation": max(over),
     }
