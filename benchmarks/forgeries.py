@@ -6,19 +6,21 @@
 Each forgery copies an honest output, falsifies one thing, and repairs what an attacker would:
 sums that depend on it, sizes in headers and index, and the manifest's hashes. The checker is
 given the model and the statistics only for those that nothing else could show (altered codes,
-swapped layers, lowered losses, another model). Outputs are small and made on the spot; --real
-adds one that `convex-caldera compress` wrote. Writes forgeries.json and forgeries.txt.
+swapped layers, lowered losses, programs that were not solved so well, another model). Outputs
+are small and made on the spot; --real adds one that `convex-caldera compress` wrote. Writes forgeries.json and forgeries.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import struct
 import tempfile
 import time
 from collections import Counter
@@ -67,6 +69,16 @@ class Forger:
         label = self.plan["choice"][name]
         option: dict[str, Any] = next(o for o in group["options"] if o["label"] == label)
         return option
+
+    def program(self) -> dict[str, Any]:
+        """The low-rank program of some layer."""
+        record: dict[str, Any] = self.certificate["layers"][self.layer()]["program"]
+        return record
+
+    def named(self, program: dict[str, Any]) -> str:
+        """Whose program it is."""
+        layers = self.certificate["layers"]
+        return next(name for name, entry in layers.items() if entry["program"] is program)
 
     def share(self) -> float:
         """How much of a figure is taken away: from a millionth to nearly all."""
@@ -262,6 +274,52 @@ def nearer_the_limit(f: Forger) -> None:
     ) - 10 * f.share()
 
 
+def smaller_reserve(f: Forger) -> None:
+    """Less set aside for headers than they take: the bound of a budget that nobody has."""
+    taken = f.random.randint(1, 8)
+    f.certificate["reserved_bytes"] = f.certificate["header_bytes"] - taken
+    f.plan["budget_bits"] = 8 * (f.certificate["budget_bytes"] - f.certificate["reserved_bytes"])
+
+
+def better_program(f: Forger) -> None:
+    """A layer's low-rank program said to be solved better: primal or dual, with its gap."""
+    program = f.program()
+    if f.random.random() < 0.5:
+        program["dual"] += program["primal"] * f.share()
+    else:
+        program["primal"] *= 1 - f.share()
+    program["gap"] = max(1 - program["dual"] / program["primal"], 0.0)
+
+
+def smaller_program_gap(f: Forger) -> None:
+    """As after a solver that stopped early: a worse point under the claims of a better one."""
+    program = f.program()
+    m, n = f.report["layers"][f.named(program)]["shape"]
+    rank = max(program["rank"], 1)
+    entries = [f.random.uniform(-1, 1) for _ in range(rank * (m + n))]
+    program["rank"] = rank
+    program["factors"] = base64.b64encode(struct.pack(f"<{len(entries)}e", *entries)).decode()
+
+
+def other_program(f: Forger) -> None:
+    """Constants of a program that is easier, or none at all."""
+    program = f.program()
+    key = f.random.choice(["mu", "kappa", "ridge", "lam", "factor_bits", "absent"])
+    if key == "absent":
+        f.certificate["layers"][f.named(program)]["program"] = None
+    elif key == "factor_bits":
+        program[key] += f.random.choice([-1, 1, 4])
+    else:
+        program[key] *= 1 + f.random.choice([-0.5, 0.1, 1e-6, 10.0])
+
+
+def dual_of_another(f: Forger) -> None:
+    """Two layers exchange their programs."""
+    one, two = f.random.sample(sorted(f.certificate["layers"]), 2)
+    a, b = (f.certificate["layers"][name] for name in (one, two))
+    a["program"], b["program"] = b["program"], a["program"]
+
+
 def no_certificate(f: Forger) -> None:
     """What cannot be met is left out."""
     (f.output / FOLDER / "certificate.json").unlink()
@@ -367,6 +425,7 @@ CLAIMS: tuple[Callable[[Forger], None], ...] = (
     lower_primal,
     other_dual_price,
     other_solution,
+    smaller_reserve,
     no_certificate,
     other_words,
     larger_shard,
@@ -380,6 +439,10 @@ DATA: tuple[Callable[[Forger], None], ...] = (
     altered_rest,
     lower_loss,
     nearer_the_limit,
+    better_program,
+    smaller_program_gap,
+    other_program,
+    dual_of_another,
 )
 
 
