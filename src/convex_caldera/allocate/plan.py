@@ -30,6 +30,7 @@ from convex_caldera.errors import InfeasibleBudgetError, RecipeError
 
 MOST_PINS_NAMED = 5
 NOT_NEEDED = "not asked: the price bound already proves the plan"
+NOT_SEARCHED = "not asked: the options were fitted again after the choice"
 NOT_EXACT = "not asked: exact=False"
 NOT_ASKED = "not asked: the core was searched completely"
 
@@ -128,6 +129,29 @@ def allocate(
         raise _infeasible(curves, menus, budget, pins)
     front = build_frontier(menus)
     return _solve(front, budget, curves.weights, exact, time_limit)
+
+
+def certify_choice(curves: Curves, plan: Plan) -> Plan:
+    """The same choice, price and budget under other distortions, with the bound of those.
+
+    For options that were fitted again after the plan was made: the choice is not searched anew,
+    so that the gap says how far it now is from the best.
+    """
+    menus = build_menus(curves)
+    picks = [menu.labels.index(plan.choice[menu.name]) for menu in menus.menus]
+    value, bound = menus.distortion(picks), menus.bound(plan.price, plan.budget_bits)
+    asked = Integer(None, NOT_SEARCHED, None, False)
+    return _finish(
+        menus,
+        picks,
+        plan.budget_bits,
+        curves.weights,
+        plan.price,
+        bound,
+        value,
+        Searched(None, None),
+        asked,
+    )
 
 
 def frontier(curves: Curves, *, pins: Mapping[str, str] | None = None) -> Frontier:

@@ -35,6 +35,11 @@ class Curvature:
     output: Tensor
     sequences: int
 
+    @property
+    def energy(self) -> float:
+        """Mean diagonal of the input side; 0 if no gradient reached the layer."""
+        return float(self.input.diagonal().mean())
+
     def hessians(self, name: str, damping: float = 0.01) -> tuple[Hessian, Hessian]:
         """H and O as the fits take them."""
         return (

@@ -39,6 +39,11 @@ class GuidedCurvature:
     rows: int
     sequences: int
 
+    @property
+    def energy(self) -> float:
+        """Mean diagonal over all groups; 0 if no gradient reached the layer."""
+        return sum(float(H.diagonal().mean()) for H in self.groups) / len(self.groups)
+
     def hessians(self, name: str, damping: float = 0.01) -> tuple[Hessian, ...]:
         """One Hessian a group, as the fits take them."""
         return tuple(

@@ -22,16 +22,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from convex_caldera.calibrate.curvature import Curvature
+from convex_caldera.calibrate.curvature_guided import GuidedCurvature
 from convex_caldera.errors import RecipeError
 from convex_caldera.linalg.factor import checked_cholesky
 
 CANDIDATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+C = TypeVar("C", Curvature, GuidedCurvature)
 # Added to every candidate before factoring: what the fits will add at least.
 RIDGE = 1e-3
 
@@ -42,16 +45,32 @@ class Shrinkage:
 
     Attributes:
         input, output: s of either side, 0 to 1.
+        towards: what the input side is drawn to, "identity" or "input" (the second moment of
+            the layer's input).
         scores: side -> candidate -> mean over layers of log(expected loss / that at s = 0);
             empty where nothing was searched.
+
+    Raises:
+        RecipeError: a share that is not between 0 and 1.
     """
 
-    input: float
-    output: float
-    scores: Mapping[str, Mapping[str, float]]
+    input: float = 0.0
+    output: float = 0.0
+    towards: Literal["identity", "input"] = "identity"
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for share in (self.input, self.output):
+            _check_share(share)
 
     def to_dict(self) -> dict[str, object]:
-        return {"input": self.input, "output": self.output, "scores": dict(self.scores)}
+        """Plain values, for reports."""
+        return {
+            "input": self.input,
+            "output": self.output,
+            "towards": self.towards,
+            "scores": {side: dict(figures) for side, figures in self.scores.items()},
+        }
 
 
 def shrink(matrix: Tensor, share: float, target: Tensor | None = None) -> Tensor:
@@ -60,8 +79,7 @@ def shrink(matrix: Tensor, share: float, target: Tensor | None = None) -> Tensor
     Raises:
         RecipeError: the share is not between 0 and 1.
     """
-    if not 0.0 <= share <= 1.0:
-        raise RecipeError(f"shrinkage lies between 0 and 1, got {share}")
+    _check_share(share)
     if share == 0.0:
         return matrix
     if target is None:
@@ -71,51 +89,48 @@ def shrink(matrix: Tensor, share: float, target: Tensor | None = None) -> Tensor
     return (1.0 - share) * matrix + (share * factor) * target.to(matrix)
 
 
-def shrunk(
-    curvatures: Mapping[str, Curvature],
-    shrinkage: Shrinkage,
-    inputs: Mapping[str, Tensor] | None = None,
-) -> dict[str, Curvature]:
-    """Every curvature drawn towards its targets; `inputs` are second moments by layer name."""
-    return {
-        name: replace(
-            c,
-            input=shrink(c.input, shrinkage.input, None if inputs is None else inputs[name]),
-            output=shrink(c.output, shrinkage.output),
-        )
-        for name, c in curvatures.items()
-    }
+def shrunk(curvature: C, shrinkage: Shrinkage, towards: Tensor | None = None) -> C:
+    """A layer's curvature drawn towards its targets; row groups each towards their own."""
+    if isinstance(curvature, GuidedCurvature):
+        groups = tuple(shrink(H, shrinkage.input, towards) for H in curvature.groups)
+        return replace(curvature, groups=groups)
+    return replace(
+        curvature,
+        input=shrink(curvature.input, shrinkage.input, towards),
+        output=shrink(curvature.output, shrinkage.output),
+    )
 
 
 def choose_shrinkage(
-    seen: Mapping[str, Curvature],
-    unseen: Mapping[str, Curvature],
+    seen: Mapping[str, Curvature | GuidedCurvature],
+    unseen: Mapping[str, Curvature | GuidedCurvature],
     inputs: Mapping[str, Tensor] | None = None,
     candidates: Sequence[float] = CANDIDATES,
 ) -> Shrinkage:
     """The shares that cost least on `unseen`, the same layers' curvature on other sequences.
 
+    With `inputs`, second moments by layer, the input side may be drawn to them instead.
     Layers whose gradients vanish on either part say nothing and are left out.
 
     Cost: two factorizations and one triangular solve of n^3 (and m^3) a layer and candidate.
     """
-    alive = [n for n, c in seen.items() if _trace(c.input) > 0 and _trace(unseen[n].input) > 0]
-    scores = {
-        "input": _scores(
-            [
-                (seen[n].input, unseen[n].input, None if inputs is None else inputs[n])
-                for n in alive
-            ],
-            candidates,
-        ),
-        "output": _scores([(seen[n].output, unseen[n].output, None) for n in alive], candidates),
+    alive = [name for name, c in seen.items() if c.energy > 0 and unseen[name].energy > 0]
+    plain = [(n, *pair) for n in alive for pair in _inputs_of(seen[n], unseen[n])]
+    sides: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {
+        "input": [(H, M, None) for _, H, M in plain],
+        "output": [(*pair, None) for n in alive for pair in _outputs_of(seen[n], unseen[n])],
     }
+    if inputs is not None:
+        sides["towards_input"] = [(H, M, inputs[n]) for n, H, M in plain]
+    scores = {side: _scores(triples, candidates) for side, triples in sides.items()}
     best = {side: min(figures, key=lambda s: (figures[s], s)) for side, figures in scores.items()}
+    side = min((s for s in best if s != "output"), key=lambda s: (scores[s][best[s]], s))
     named = {
         side: {f"{share:g}": figures[share] for share in candidates}
         for side, figures in scores.items()
     }
-    return Shrinkage(best["input"], best["output"], named)
+    towards: Literal["identity", "input"] = "identity" if side == "input" else "input"
+    return Shrinkage(best[side], best["output"], towards, named)
 
 
 def white_noise_loss(model: Tensor, truth: Tensor) -> float:
@@ -150,5 +165,24 @@ def _scores(
     }
 
 
-def _trace(matrix: Tensor) -> float:
-    return float(matrix.diagonal().sum())
+def _inputs_of(
+    seen: Curvature | GuidedCurvature, unseen: Curvature | GuidedCurvature
+) -> list[tuple[Tensor, Tensor]]:
+    """(measured, unseen) input sides: one of a layer, or one of every row group."""
+    if isinstance(seen, GuidedCurvature) and isinstance(unseen, GuidedCurvature):
+        pairs = zip(seen.groups, unseen.groups, strict=True)
+        return [(H, M) for H, M in pairs if float(H.trace()) > 0 and float(M.trace()) > 0]
+    assert isinstance(seen, Curvature) and isinstance(unseen, Curvature)  # of one kind
+    return [(seen.input, unseen.input)]
+
+
+def _outputs_of(
+    seen: Curvature | GuidedCurvature, unseen: Curvature | GuidedCurvature
+) -> list[tuple[Tensor, Tensor]]:
+    both = isinstance(seen, Curvature) and isinstance(unseen, Curvature)
+    return [(seen.output, unseen.output)] if both else []
+
+
+def _check_share(share: float) -> None:
+    if not 0.0 <= share <= 1.0:
+        raise RecipeError(f"shrinkage lies between 0 and 1, got {share}")

@@ -50,6 +50,9 @@ def compress(
     bits_menu: opt.BitsMenu = None,
     rank_menu: opt.RankMenu = None,
     curvature: opt.Curvature = None,
+    curvature_fallback: opt.CurvatureFallback = None,
+    shrinkage: opt.Shrinkage = None,
+    targets: opt.Targets = None,
     allow_short: opt.AllowShort = None,
     config: opt.Config = None,
     workers: Annotated[
@@ -74,7 +77,8 @@ def compress(
             activations=activations, dataset=dataset,
             nsamples=nsamples, seqlen=seqlen, seed=seed, device=device, dtype=dtype,
             ignore=ignore, pin=pin, tie=tie, bits_menu=bits_menu, rank_menu=rank_menu,
-            curvature=curvature, allow_short=allow_short,
+            curvature=curvature, curvature_fallback=curvature_fallback, shrinkage=shrinkage,
+            targets=targets, allow_short=allow_short,
         ),
     )  # fmt: skip
     with shown() as progress:
@@ -104,6 +108,8 @@ def plan(
     seqlen: opt.SeqLen = None,
     ignore: opt.Ignore = None,
     pin: opt.Pin = None,
+    curvature: opt.Curvature = None,
+    targets: opt.Targets = None,
     config: opt.Config = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every layer.")] = False,
     json: opt.Json = None,
@@ -118,7 +124,7 @@ def plan(
             factor_bits=factor_bits, group_size=group_size, format=format,
             factor_format=factor_format, bucket=bucket, latent=latent, order=order, neural=neural,
             nsamples=nsamples, seqlen=seqlen,
-            ignore=ignore, pin=pin,
+            ignore=ignore, pin=pin, curvature=curvature, targets=targets,
         ),
     )  # fmt: skip
     result = estimate(settings)
@@ -139,8 +145,8 @@ def calibrate(
         str | None,
         typer.Option(
             "--curvature",
-            help="What to collect: input (second moments, the default) or kronecker (of the "
-            "model's loss, what the default method uses).",
+            help="What to collect: input (second moments, the default), kronecker (of the "
+            "model's loss, what the default method uses) or guided.",
         ),
     ] = None,
     allow_short: opt.AllowShort = None,

@@ -96,7 +96,30 @@ Curvature = Annotated[
     str | None,
     typer.Option(
         "--curvature",
-        help="What rounding sees: none, input (second moments) or kronecker (the model's loss).",
+        help="What rounding sees: none, input (second moments), kronecker (both sides of the "
+        "model's loss) or guided (its input side, by groups of output channels).",
+    ),
+]
+CurvatureFallback = Annotated[
+    str | None,
+    typer.Option(
+        "--curvature-fallback",
+        help="For layers whose gradients vanish: none (an error, the default) or input.",
+    ),
+]
+Shrinkage = Annotated[
+    str | None,
+    typer.Option(
+        "--shrinkage",
+        help="Smooth curvature from gradients: none, held-out (searched), or shares of the input "
+        "and the output side such as 0.05,0.2.",
+    ),
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        "--targets",
+        help="What is rounded: original weights, or drift-corrected ones, block after block.",
     ),
 ]
 Tie = Annotated[

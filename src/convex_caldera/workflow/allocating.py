@@ -14,13 +14,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from convex_caldera.allocate.curves import Curves, Group, Option
 from convex_caldera.allocate.menu import build_menus
 from convex_caldera.allocate.plan import Plan as IntegerPlan
-from convex_caldera.allocate.plan import allocate
+from convex_caldera.allocate.plan import allocate, certify_choice
 from convex_caldera.allocate.surrogate import RateModel, fit_decay, solve_surrogate
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError
@@ -31,15 +31,17 @@ from convex_caldera.recipes.convex import (
     convex_caldera_recipe,
     menu_ranks,
 )
+from convex_caldera.recipes.guided import keep_rows_apart
 from convex_caldera.recipes.records import canonical_json
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.certifying import certificate_of
-from convex_caldera.workflow.curvatures import KroneckerCurvatures
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS, GradientCurvatures
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes, ties_of, wishes_of
 from convex_caldera.workflow.progress import Progress
 from convex_caldera.workflow.proposal import Proposal
+from convex_caldera.workflow.sequential import in_order
 from convex_caldera.workflow.settings import parse_menu
 
 # Options offered around the proposed rate, in bits per weight.
@@ -70,7 +72,7 @@ class Allocator:
         self.sites = {site.name: site for site in job.sites}
         self.weights = {name: s.shape[0] * s.shape[1] for name, s in self.sites.items()}
         self.ties = ties_of(job.settings.tie, job.sites)
-        self.unit = "nats" if job.curvature == "kronecker" else "relative"
+        self.unit = "nats" if job.curvature in GRADIENT_KINDS else "relative"
         self.scale: dict[str, float] = {}
         self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
 
@@ -87,7 +89,14 @@ class Allocator:
             offered = {name: self._offered(menus[name], probes[name]) for name in self.sites}
             curves = self._curves(measured, offered)
             plan, integer = self._decide(curves, offered)
-            self._store(measured, integer, offered)
+            if self.job.settings.targets == "drift-corrected":
+                in_order(self.job, self.fitter, plan.recipes, self.workers).run(
+                    self.run, self.progress
+                )
+                curves = self._refitted(curves, integer)
+                integer = certify_choice(curves, integer)
+            else:
+                self._store(measured, integer, offered)
         certificate = certificate_of(
             self.job, plan, integer, curves, proposal, self.unit, self.run, self.fitter, self.scale
         )
@@ -96,7 +105,8 @@ class Allocator:
     def recipe(self, name: str, choice: Choice) -> Recipe:
         """The recipe of an option."""
         factor_bits = wishes_of(self.job.settings, name).factor_bits
-        return convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
+        recipe = convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
+        return keep_rows_apart(recipe) if self.job.curvature == "guided" else recipe
 
     def _probes(self, name: str) -> list[Choice]:
         """Two rates around the target, and one rank at the lower of them."""
@@ -133,7 +143,9 @@ class Allocator:
             self.progress.advance(f"{name} {choice.label}")
 
     def _distortion(self, measured: PartialRun, name: str, choice: Choice) -> float:
-        record = measured.record(_key(name, choice))
+        return self._in_unit(name, measured.record(_key(name, choice)))
+
+    def _in_unit(self, name: str, record: Mapping[str, Any]) -> float:
         if self.unit == "nats":
             return float(record["loss"]) * self.scale.get(name, 1.0)
         return float(record["relative_loss"])
@@ -149,7 +161,7 @@ class Allocator:
         mean of all layers since it is noisy, scales every option of the layer alike.
         """
         curvatures = self.fitter.curvatures
-        if not isinstance(curvatures, KroneckerCurvatures) or not curvatures.has_held_out:
+        if not isinstance(curvatures, GradientCurvatures) or not curvatures.has_held_out:
             return {}
         errors = {}
         for name, choices in probes.items():
@@ -309,6 +321,18 @@ class Allocator:
                 8 * size,
             )
         return Plan(recipes, shapes, size, self.job.budget), integer
+
+    def _refitted(self, curves: Curves, integer: IntegerPlan) -> Curves:
+        """The curves with the chosen options' distortions as their layers were fitted in order."""
+        groups = []
+        for group in curves.groups:
+            found = self._in_unit(group.name, self.run.record(group.name))
+            options = tuple(
+                replace(o, distortion=found) if o.label == integer.choice[group.name] else o
+                for o in group.options
+            )
+            groups.append(replace(group, options=options))
+        return Curves(tuple(groups), curves.ties)
 
     def _store(
         self, measured: PartialRun, integer: IntegerPlan, offered: Mapping[str, list[Choice]]

@@ -29,7 +29,7 @@ from convex_caldera.storage.read import Container
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import Allocator
-from convex_caldera.workflow.curvatures import gather
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS, gather
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
@@ -45,6 +45,7 @@ from convex_caldera.workflow.planning import (
 )
 from convex_caldera.workflow.precision import code_bits, precision_label
 from convex_caldera.workflow.progress import Progress, Silent
+from convex_caldera.workflow.sequential import in_order
 from convex_caldera.workflow.settings import Settings
 
 
@@ -131,13 +132,15 @@ def compress_to(
         resumed = len(run.done())
         try:
             folder = hessians or run.folder / "statistics"
-            plan, certificate = fit_all(job, run, progress, workers or os.cpu_count() or 1, folder)
+            plan, certificate, notes = fit_all(
+                job, run, progress, workers or os.cpu_count() or 1, folder
+            )
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
                 f"interrupted with {len(run.done())} of {len(job.sites)} layers finished; "
                 "run the same command again to go on"
             ) from error
-        container = finish(job, plan, certificate, run)
+        container = finish(job, plan, certificate, run, notes)
     return _summary(job, plan, certificate, container, out, resumed, time.monotonic() - started)
 
 
@@ -153,6 +156,11 @@ def prepare(settings: Settings) -> Job:
     uniform_plan(sites, method, settings, budget)  # raises if infeasible, before any work
     job = Job(settings, method, skeleton, source, sites, budget, None)
     if job.curvature == "none":
+        if settings.targets != "original":
+            raise RecipeError(
+                f"{settings.targets} targets need calibration, and {settings.method} sees no data; "
+                "choose --curvature input"
+            )
         return job
     tokens = calibration_tokens(settings, skeleton)
     return Job(settings, method, skeleton, source, sites, budget, tokens)
@@ -193,10 +201,10 @@ def budget_of(settings: Settings, source: SourceModel, sites: tuple[Site, ...]) 
 
 def fit_all(
     job: Job, run: PartialRun, progress: Progress, workers: int, statistics: Path
-) -> tuple[Plan, dict[str, Any] | None]:
-    """Fit and store every layer that is not yet in the run; the plan and its certificate.
+) -> tuple[Plan, dict[str, Any] | None, dict[str, Any]]:
+    """Fit and store every layer that is not yet in the run: plan, certificate, and notes on
 
-    `statistics` is where the calibration is kept.
+    the curvature for the report. `statistics` is where the calibration is kept.
     """
     curvatures = gather(
         job.curvature,
@@ -206,11 +214,15 @@ def fit_all(
         statistics,
         job.settings.seed,
         progress,
+        job.gradient_options,
     )
     fitter = Fitter(job.skeleton, curvatures, job.settings.seed)
     if job.method.allocates:
-        return Allocator(job, fitter, run, progress, workers).run_all()
+        return *Allocator(job, fitter, run, progress, workers).run_all(), curvatures.notes()
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
+    if job.settings.targets == "drift-corrected":
+        in_order(job, fitter, plan.recipes, workers).run(run, progress)
+        return plan, None, curvatures.notes()
     missing = [site for site in job.sites if site.name not in run.done()]
     progress.start("layers", len(missing))
 
@@ -220,7 +232,7 @@ def fit_all(
     for site, fit in side_by_side(work, missing, workers):
         run.put(site.name, fit.layer, fitter.record(site, plan.recipes[site.name], fit))
         progress.advance(site.name)
-    return plan, None
+    return plan, None, curvatures.notes()
 
 
 def _summary(
@@ -245,7 +257,7 @@ def _summary(
         budget_bytes=job.budget.compressed_bytes,
         layers=len(job.sites),
         resumed_layers=resumed,
-        whole_model_in_memory=job.skeleton.whole_model or job.curvature == "kronecker",
+        whole_model_in_memory=job.skeleton.whole_model or job.curvature in GRADIENT_KINDS,
         calibration_tokens=0 if job.tokens is None else job.tokens.numel(),
         mean_relative_loss=sum(r["relative_loss"] for r in records.values()) / len(records),
         allocation=None if certificate is None else _allocation_summary(certificate, records),

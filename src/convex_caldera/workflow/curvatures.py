@@ -4,6 +4,8 @@
     input       H = E[x x^T] of the layer's input, one decoder block in memory at a time
     kronecker   both sides, from gradients of whole sequences; the whole model in memory, and
                 losses are then predicted nats of KL per token
+    guided      the input covariance weighted by squared gradients, of each group of output
+                channels on its own; memory and unit as for kronecker
 
 Those of data are gathered once, kept where a resumed run finds them, and asked for layer by layer.
 """
@@ -11,6 +13,7 @@ Those of data are gathered once, kept where a resumed run finds them, and asked 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +23,8 @@ from torch import Tensor
 
 from convex_caldera.calibrate.collect import collect
 from convex_caldera.calibrate.curvature import Curvature, sequence_curvature, sequence_fisher
+from convex_caldera.calibrate.curvature_guided import GuidedCurvature, guided_curvature
+from convex_caldera.calibrate.curvature_shrinkage import Shrinkage, choose_shrinkage, shrunk
 from convex_caldera.calibrate.saved import (
     INDEX,
     Provenance,
@@ -36,7 +41,7 @@ from convex_caldera.calibrate.saved_curvature import (
 from convex_caldera.calibrate.text import fingerprint
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
-from convex_caldera.errors import NumericalError
+from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -44,17 +49,45 @@ from convex_caldera.workflow.progress import Progress
 
 # Share of the sequences that no curvature sees; predictions are scaled to what they say.
 HELD_OUT = 1 / 3
+# Held-out sequences that shrinkage is searched on.
+SEARCHED = 16
 
-CurvatureKind = Literal["none", "input", "kronecker"]
+CurvatureKind = Literal["none", "input", "kronecker", "guided"]
+GRADIENT_KINDS: tuple[CurvatureKind, ...] = ("kronecker", "guided")
+LayerCurvature = Curvature | GuidedCurvature
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """How curvature from gradients is treated.
+
+    Attributes:
+        shrinkage: fixed, or None to search it on held-out sequences.
+        fall_back: round layers whose gradients vanish under their input's second moment, and
+            say so; otherwise they are an error.
+    """
+
+    shrinkage: Shrinkage | None = field(default_factory=Shrinkage)
+    fall_back: bool = False
 
 
 class Curvatures(Protocol):
     """Gives a layer its problem."""
 
-    def problem(self, site: Site, W: Tensor) -> Problem: ...
+    def problem(self, site: Site, W: Tensor) -> Problem:
+        """What losses are reported under."""
+
+    def seen(self, site: Site, W: Tensor) -> Problem:
+        """What rounding sees: the same, or a smoother metric (`smooths`)."""
+
+    @property
+    def smooths(self) -> bool: ...
 
     def tokens(self, site: Site) -> int:
         """How many tokens the layer's statistics have seen."""
+
+    def notes(self) -> dict[str, Any]:
+        """What the report says of them."""
 
 
 class NoCurvature:
@@ -63,9 +96,15 @@ class NoCurvature:
     def problem(self, site: Site, W: Tensor) -> Problem:
         return Problem(W, Hessian.identity(site.shape[1]), site.name)
 
+    seen = problem
+    smooths = False
+
     def tokens(self, site: Site) -> int:
         del site
         return 0
+
+    def notes(self) -> dict[str, Any]:
+        return {}
 
 
 class InputCurvatures:
@@ -78,31 +117,75 @@ class InputCurvatures:
     def problem(self, site: Site, W: Tensor) -> Problem:
         return Problem(W, self._hessians(site.block)[site.input_site], site.name)
 
+    seen = problem
+    smooths = False
+
     def tokens(self, site: Site) -> int:
         return self._saved[site.block][site.input_site].num_tokens
+
+    def notes(self) -> dict[str, Any]:
+        return {}
 
     def _read(self, block: int) -> dict[str, Hessian]:
         return {name: s.hessian() for name, s in self._saved[block].items()}
 
 
-class KroneckerCurvatures:
-    """Both sides of every layer, in memory; some sequences are held out to check predictions."""
+class GradientCurvatures:
+    """From the model's own loss, in memory; losses are nats of KL per token.
+
+    Some sequences are held out to check predictions. `seen` is what rounding sees where that is
+    not the measured curvature: it is drawn towards something smoother (`shrinkage`), while
+    losses are reported under what was measured. `fallbacks` are layers whose gradients vanish:
+    they are rounded under the second moment of their input, scaled to the least energy of all
+    others, and the report names them.
+    """
 
     def __init__(
-        self, curvatures: dict[str, Curvature], model: Any, tokens: Tensor, held_out: Tensor
+        self,
+        curvatures: Mapping[str, LayerCurvature],
+        model: Any,
+        tokens: Tensor,
+        held_out: Tensor,
+        shrinkage: Shrinkage,
+        inputs: Mapping[str, Tensor],
+        fallbacks: Sequence[str],
     ):
-        self._curvatures = curvatures
-        self._model = model
+        self._curvatures, self._inputs = curvatures, inputs
+        self._model, self._held_out = model, held_out
         self._tokens = tokens.numel()
-        self._held_out = held_out
+        self._shrinkage, self._fallbacks = shrinkage, tuple(fallbacks)
+        alive = [c.energy for name, c in curvatures.items() if name not in self._fallbacks]
+        self._least = min(alive, default=1.0)
 
     def problem(self, site: Site, W: Tensor) -> Problem:
-        hessian, output = self._curvatures[site.name].hessians(site.name)
-        return Problem(W, hessian, site.name, output)
+        if site.name in self._fallbacks:
+            return self._under_input(site, W)
+        return problem_under(self._curvatures[site.name], W, site.name)
+
+    def seen(self, site: Site, W: Tensor) -> Problem:
+        if site.name in self._fallbacks:
+            return self._under_input(site, W)
+        towards = self._inputs[site.name] if self._shrinkage.towards == "input" else None
+        drawn = shrunk(self._curvatures[site.name], self._shrinkage, towards)
+        return problem_under(drawn, W, site.name)
+
+    @property
+    def smooths(self) -> bool:
+        return max(self._shrinkage.input, self._shrinkage.output) > 0
+
+    def _under_input(self, site: Site, W: Tensor) -> Problem:
+        H = self._inputs[site.name]
+        mean = float(H.diagonal().mean())
+        scaled = H * (self._least / mean) if mean > 0 else H
+        return Problem(W, Hessian(scaled, name=f"{site.name} (input alone)"), site.name)
 
     def tokens(self, site: Site) -> int:
         del site
         return self._tokens
+
+    def notes(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"shrinkage": self._shrinkage.to_dict()}
+        return {**record, "input_curvature_only": list(self._fallbacks)}
 
     @property
     def has_held_out(self) -> bool:
@@ -116,6 +199,14 @@ class KroneckerCurvatures:
         return sequence_fisher(
             self._model, self._held_out, errors, seed=seed + 1, progress=steps_of(progress)
         )
+
+
+def problem_under(curvature: LayerCurvature, W: Tensor, name: str) -> Problem:
+    """The problem of a layer under its curvature."""
+    if isinstance(curvature, GuidedCurvature):
+        return Problem.by_row_groups(W, curvature.hessians(name), name)
+    hessian, output = curvature.hessians(name)
+    return Problem(W, hessian, name, output)
 
 
 def steps_of(progress: Progress) -> Callable[[int, int], None]:
@@ -139,35 +230,92 @@ def gather(
     folder: Path,
     seed: int,
     progress: Progress,
+    options: GradientOptions | None = None,
 ) -> Curvatures:
     """Run the calibration that the method asks for.
 
     Args:
         kind: see above; without tokens only "none" is possible.
         folder: where they are kept for a resumed run, or were saved by `calibrate`.
+        options: of curvature from gradients.
 
     Raises:
-        NumericalError, DataError, InterruptedRunError: as `calibrate`.
+        NumericalError, DataError, InterruptedRunError: as `calibrate`; a layer's gradients
+            vanish and `options` do not let it fall back.
+        RecipeError: a shrinkage is to be searched, but no sequence is held out.
         ResumeError: the folder holds those of another model, text or setting.
     """
     if kind == "none" or tokens is None:
         return NoCurvature()
     if kind == "input":
         return InputCurvatures(_input_statistics(skeleton, tokens, folder, progress))
+    options = options or GradientOptions()
     model = load_original(skeleton.path, skeleton.dtype, str(skeleton.device))
     _check_finite(model)
     count = max(1, round(len(tokens) * (1 - HELD_OUT)))
     used, held_out = tokens[:count], tokens[count:]
+    if options.shrinkage is None and not len(held_out):
+        raise RecipeError("shrinkage is searched on held-out windows; give more than one window")
+    names = [site.name for site in sites]
 
     def make() -> dict[str, dict[str, Tensor]]:
         progress.start("curvature", count)
-        names = [site.name for site in sites]
-        found = sequence_curvature(model, used, names, seed=seed, progress=steps_of(progress))
-        return {name: {"input": c.input, "output": c.output} for name, c in found.items()}
+        return _parts_by_layer(kind, model, used, names, seed, progress)
 
     parts = kept_curvature(folder, provenance_of(kind, skeleton, used, seed), sites, make)
-    curvatures = {name: Curvature(p["input"], p["output"], count) for name, p in parts.items()}
-    return KroneckerCurvatures(curvatures, model, used, held_out)
+    rows = {site.name: site.shape[0] for site in sites}
+    curvatures = {name: _from_parts(p, rows[name], count) for name, p in parts.items()}
+    fallbacks = _vanishing(curvatures, options)
+    inputs: dict[str, Tensor] = {}
+    if fallbacks or options.shrinkage is None:
+        saved = _input_statistics(skeleton, tokens, folder, progress)
+        inputs = {s.name: saved[s.block][s.input_site].second_moment() for s in sites}
+    shrinkage = options.shrinkage
+    if shrinkage is None:
+        unseen_tokens = held_out[:SEARCHED]
+        progress.start("shrinkage", len(unseen_tokens))
+        unseen_parts = _parts_by_layer(kind, model, unseen_tokens, names, seed + 2, progress)
+        unseen = {n: _from_parts(p, rows[n], len(unseen_tokens)) for n, p in unseen_parts.items()}
+        shrinkage = choose_shrinkage(curvatures, unseen, inputs)
+    return GradientCurvatures(curvatures, model, used, held_out, shrinkage, inputs, fallbacks)
+
+
+def _parts_by_layer(
+    kind: CurvatureKind,
+    model: Any,
+    tokens: Tensor,
+    names: Sequence[str],
+    seed: int,
+    progress: Progress,
+) -> dict[str, dict[str, Tensor]]:
+    """The matrices of every layer by the name under which they are kept."""
+    steps = steps_of(progress)
+    if kind == "guided":
+        guided = guided_curvature(model, tokens, names, seed=seed, progress=steps)
+        return {n: {f"group{k}": H for k, H in enumerate(c.groups)} for n, c in guided.items()}
+    found = sequence_curvature(model, tokens, names, seed=seed, progress=steps)
+    return {name: {"input": c.input, "output": c.output} for name, c in found.items()}
+
+
+def _from_parts(parts: Mapping[str, Tensor], rows: int, sequences: int) -> LayerCurvature:
+    if "input" in parts:
+        return Curvature(parts["input"], parts["output"], sequences)
+    groups = tuple(parts[f"group{k}"] for k in range(len(parts)))
+    return GuidedCurvature(groups, rows, sequences)
+
+
+def _vanishing(
+    curvatures: Mapping[str, LayerCurvature], options: GradientOptions
+) -> tuple[str, ...]:
+    """Layers without any gradient. Raises NumericalError unless they may fall back."""
+    dead = tuple(name for name, c in curvatures.items() if not c.energy > 0)
+    if dead and not options.fall_back:
+        others = f" ({len(dead)} such layers)" if len(dead) > 1 else ""
+        raise NumericalError(
+            f"{dead[0]}: its gradients vanish on all calibration windows{others}; round it under "
+            "its inputs alone with --curvature-fallback input, or leave it out with --ignore"
+        )
+    return dead
 
 
 def provenance_of(

@@ -13,6 +13,7 @@ from convex_caldera.recipes.table import method as method_named
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.compress import budget_of, computing_dtype
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.planning import Plan, chosen_sites, uniform_plan
 from convex_caldera.workflow.settings import Settings
 
@@ -120,7 +121,7 @@ def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
     widest = max((max(s.shape) for s in skeleton.sites), default=0)
     return {
         "libraries": LIBRARIES_BYTES,
-        **(_gradient_memory(settings, skeleton) if kind == "kronecker" else {}),
+        **(_gradient_memory(settings, skeleton) if kind in GRADIENT_KINDS else {}),
         **(_input_memory(settings, skeleton) if kind == "input" else {}),
         "layers being fitted": WORKERS * (FIT_COPIES * 4 * largest + 4 * 8 * widest * widest),
     }

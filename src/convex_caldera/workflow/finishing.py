@@ -14,7 +14,13 @@ from convex_caldera.workflow.planning import Plan
 from convex_caldera.workflow.settings import Settings
 
 
-def finish(job: Job, plan: Plan, certificate: dict[str, Any] | None, run: PartialRun) -> Container:
+def finish(
+    job: Job,
+    plan: Plan,
+    certificate: dict[str, Any] | None,
+    run: PartialRun,
+    notes: dict[str, Any],
+) -> Container:
     """Assemble the directory; nothing in it depends on time, place or machine."""
     names = [site.name for site in job.sites]
     settings = job.settings.published()
@@ -29,6 +35,8 @@ def finish(job: Job, plan: Plan, certificate: dict[str, Any] | None, run: Partia
         report={
             "method": job.settings.method,
             "curvature": job.curvature,
+            **notes,
+            "targets": job.settings.targets,
             "budget_bytes": job.budget.compressed_bytes,
             "budget": job.budget.wording,
             "planned_bytes": plan.compressed_bytes,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from convex_caldera.core.problem import Problem
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.fit.backfit import Fit, fit_layer
 from convex_caldera.models.sites import Site
@@ -31,8 +32,24 @@ class Fitter:
 
     def fit(self, site: Site, recipe: Recipe) -> Fit:
         """The compressed layer; a pure function of model, text, recipe and seed."""
-        problem = self.curvatures.problem(site, self.weight(site))
-        return fit_layer(problem, recipe, seed=self.seed, layer=site.name, site=site.input_site)
+        W = self.weight(site)
+        return self.fit_seen(
+            site, recipe, W, self.curvatures.seen(site, W), self.curvatures.smooths
+        )
+
+    def fit_seen(
+        self, site: Site, recipe: Recipe, W: Tensor, seen: Problem, other: bool = True
+    ) -> Fit:
+        """The fit to what rounding sees; losses are those of W under the measured curvature.
+
+        `other` says that `seen` is not that problem itself.
+        """
+        fit = fit_layer(seen, recipe, seed=self.seed, layer=site.name, site=site.input_site)
+        if not other:
+            return fit
+        problem, W_hat = self.curvatures.problem(site, W), fit.layer.decode()
+        loss = problem.loss(W_hat)
+        return replace(fit, loss=loss, relative_loss=problem.relative_loss(W_hat))
 
     def weight(self, site: Site) -> Tensor:
         """W (m, n) of a site, float32, where the work is done."""

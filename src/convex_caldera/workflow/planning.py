@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError, ModelError, RecipeError
 from convex_caldera.models.patterns import match, select
+from convex_caldera.recipes.guided import keep_rows_apart
 from convex_caldera.recipes.ladder import Method, Wishes
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.storage.layers import LayerEntry, planned_shard_bytes

@@ -60,7 +60,10 @@ class Settings(BaseModel):
     ignore: tuple[str, ...] = ()
     pin: tuple[str, ...] = ()
     allow_short: bool = False
-    curvature: Literal["auto", "none", "input", "kronecker"] = "auto"
+    curvature: Literal["auto", "none", "input", "kronecker", "guided"] = "auto"
+    curvature_fallback: Literal["none", "input"] = "none"
+    shrinkage: str = "none"
+    targets: Literal["original", "drift-corrected"] = "original"
     tie: tuple[str, ...] = ()
     bits_menu: str | None = None
     rank_menu: str | None = None
@@ -74,6 +77,7 @@ class Settings(BaseModel):
             parse_size(self.size)
         if self.ratio is not None:
             parse_ratio(self.ratio)
+        parse_shrinkage(self.shrinkage)
         for menu in (self.bits_menu, self.rank_menu):
             if menu is not None:
                 parse_menu(menu)
@@ -151,6 +155,22 @@ def parse_menu(text: str) -> tuple[float, ...]:
     if not parts or not all(re.fullmatch(r"[0-9]*\.?[0-9]+", part) for part in parts):
         raise RecipeError(f"menu {text!r} is not a list of numbers such as 2,2.5,3")
     return tuple(sorted({float(part) for part in parts}))
+
+
+def parse_shrinkage(text: str) -> tuple[float, float] | None:
+    """Shares of the input and the output side of "0.05,0.2" or "none"; None for "held-out".
+
+    Raises:
+        RecipeError: neither of these.
+    """
+    if text == "held-out":
+        return None
+    parts = ["0", "0"] if text == "none" else [part.strip() for part in text.split(",")]
+    if len(parts) != 2 or not all(re.fullmatch(r"0?\.[0-9]+|[01](\.0*)?", part) for part in parts):
+        raise RecipeError(
+            f"shrinkage {text!r} is not none, held-out or two shares from 0 to 1 such as 0.05,0.2"
+        )
+    return float(parts[0]), float(parts[1])
 
 
 def parse_ratio(text: str) -> float:
