@@ -7,7 +7,8 @@ Each forgery copies an honest output, falsifies one thing, and repairs what an a
 sums that depend on it, sizes in headers and index, and the manifest's hashes. The checker is
 given the model and the statistics only for those that nothing else could show (altered codes,
 swapped layers, lowered losses, programs that were not solved so well, another model). Outputs
-are small and made on the spot; --real adds one that `convex-caldera compress` wrote. Writes forgeries.json and forgeries.txt.
+are small and made on the spot; --real adds one that `convex-caldera compress` wrote. Writes
+forgeries.json and forgeries.txt.
 """
 
 from __future__ import annotations
