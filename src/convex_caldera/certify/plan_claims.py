@@ -1,8 +1,7 @@
 """Claims about certificate.json and report.json that need no model.
 
 certificate.json (docs/certificate.md) has exactly these keys: schema 1, statement, method,
-budget_bytes, compressed_bytes, header_bytes, reserved_bytes, curves, plan, surrogate, layers,
-unit, curvature.
+budget_bytes, compressed_bytes, header_bytes, curves, plan, surrogate, layers, unit, curvature.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from convex_caldera.certify.knapsack import (
 )
 from convex_caldera.certify.reader import Output
 from convex_caldera.certify.strict import natural, number, short, string, table
+from convex_caldera.certify.tuned import bytes_before, tuned_layers, tuning_of
 from convex_caldera.errors import CheckError, FormatError
 
 SCHEMA = 1
@@ -30,7 +30,6 @@ KEYS = (
     "budget_bytes",
     "compressed_bytes",
     "header_bytes",
-    "reserved_bytes",
     "curves",
     "plan",
     "surrogate",
@@ -46,12 +45,11 @@ LAYER_KEYS = (
     "relative_loss",
     "held_out_scale",
     "gap_to_waterfilling_bits",
-    "program",
 )
 # Methods whose outputs make a plan, so that one without its certificate is not accepted.
 PLANNED = ("convex-caldera",)
 UNITS = ("nats", "relative")
-CURVATURES = ("none", "input", "kronecker", "guided")
+CURVATURES = ("none", "input", "kronecker")
 
 
 def certificate_of(output: Output) -> Mapping[str, Any]:
@@ -63,7 +61,7 @@ def certificate_of(output: Output) -> Mapping[str, Any]:
         string(certificate[name], f"certificate.{name}")
     if certificate["method"] != output.report.get("method"):
         raise CheckError("the certificate and the report name different methods")
-    for name in ("budget_bytes", "compressed_bytes", "header_bytes", "reserved_bytes"):
+    for name in ("budget_bytes", "compressed_bytes", "header_bytes"):
         natural(certificate[name], f"certificate.{name}")
     if certificate["unit"] not in UNITS or certificate["curvature"] not in CURVATURES:
         unit, curvature = certificate["unit"], certificate["curvature"]
@@ -108,15 +106,20 @@ def check_report(output: Output) -> str:
 
 
 def check_bytes(output: Output) -> str:
-    """Bytes of the compressed shards, to the byte, against report and certificate."""
+    """Bytes of the compressed shards, to the byte, against report and certificate.
+
+    After fine-tuning: the bytes before it, as the report states them.
+    """
     budget = output.report.get("budget_bytes")
-    found = output.compressed_bytes
+    found = bytes_before(output)
     if output.certificate is None and output.report.get("method") in PLANNED:
         raise CheckError("this method makes a plan, but there is no certificate.json")
     if output.certificate is not None:
         certificate = certificate_of(output)
-        headers = found - output.layer_bytes
-        for name, value in (("compressed_bytes", found), ("header_bytes", headers)):
+        stored = {"compressed_bytes": found}
+        if tuning_of(output) is None:
+            stored["header_bytes"] = found - output.layer_bytes
+        for name, value in stored.items():
             if certificate[name] != value:
                 raise CheckError(f"{name} {certificate[name]} is claimed, {value} is stored")
         if budget is not None and budget != certificate["budget_bytes"]:
@@ -134,10 +137,13 @@ def curves_of(output: Output) -> Curves:
 
 
 def check_options(output: Output) -> str:
-    """Every chosen option is what is stored: groups, weights, bits, ranks, losses and labels."""
+    """Every chosen option is what is stored: groups, weights, bits, ranks, losses and labels.
+
+    Of a layer that was fine-tuned only what training left: its weights, label and losses before.
+    """
     certificate = certificate_of(output)
     curves, plan = curves_of(output), read_plan(certificate["plan"])
-    layers = certificate["layers"]
+    layers, tuned = certificate["layers"], tuned_layers(output)
     if not isinstance(layers, dict) or not set(layers) == set(output.layers) == set(curves.menus):
         raise CheckError("the certificate speaks of other layers than the files hold")
     for name, layer in output.layers.items():
@@ -149,11 +155,12 @@ def check_options(output: Output) -> str:
         if curves.weights[name] != weights:
             raise CheckError(f"{where}: {weights} weights, not {curves.weights[name]}")
         bits = 8 * layer.stored_bytes
-        if curves.menus[name][label][0] != bits:
+        if name not in tuned and curves.menus[name][label][0] != bits:
             raise CheckError(f"{where}: its tensors take {bits} bits, another number is claimed")
-        if type(record["rank"]) is not int or record["rank"] != layer.spec.rank:
+        rank = natural(record["rank"], f"{where}: rank")
+        if name not in tuned and rank != layer.spec.rank:
             raise CheckError(f"{where}: rank {layer.spec.rank} is stored, another is claimed")
-        _check_same_figures(name, record, output.report["layers"][name])
+        _check_same_figures(name, record, output.report["layers"][name], name in tuned)
         key = "loss" if certificate["unit"] == "nats" else "relative_loss"
         scale = number(record["held_out_scale"], f"{where}: held_out_scale", 0.0)
         # The product of two doubles, rounded as every IEEE machine rounds it.
@@ -165,26 +172,23 @@ def check_options(output: Output) -> str:
     return f"{len(layers)} layers"
 
 
-def _check_same_figures(name: str, record: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    for key in ("bits", "loss", "relative_loss"):
+def _check_same_figures(
+    name: str, record: Mapping[str, Any], report: Mapping[str, Any], tuned: bool
+) -> None:
+    for key in ("loss", "relative_loss") if tuned else ("bits", "loss", "relative_loss"):
         if number(record[key], f"{short(name)}: {key}") != report.get(key):
             raise CheckError(f"{short(name)}: {key} differs between certificate and report")
 
 
 def check_plan(output: Output) -> str:
-    """One option per group, ties, bits, and exactly the bits that the byte budget leaves.
-
-    Headers vary with the plan, so that more may have been reserved for them than it needs; no
-    more than twice, or the bound would speak of plans far below the budget.
-    """
+    """One option per group, ties, bits, and the bit budget that the byte budget leaves."""
     certificate = certificate_of(output)
     plan = read_plan(certificate["plan"])
-    headers, reserved = certificate["header_bytes"], certificate["reserved_bytes"]
-    room = 8 * (certificate["budget_bytes"] - reserved)
-    if plan["budget_bits"] != room:
+    headers = 8 * certificate["header_bytes"]
+    room = 8 * certificate["budget_bytes"] - headers
+    # Headers vary with the plan, so that a plan may have been made with more set aside for them.
+    if not room - headers <= plan["budget_bits"] <= room:
         raise CheckError(f"budget_bits {plan['budget_bits']} is claimed, the bytes leave {room}")
-    if not headers <= reserved <= 2 * headers:
-        raise CheckError(f"{reserved} bytes are reserved for headers, which take {headers}")
     return check_membership(curves_of(output), plan)
 
 

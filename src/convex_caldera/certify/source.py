@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from convex_caldera.certify.reader import INDEX, Output, is_plain, sha256
 from convex_caldera.certify.shard import Shard, read_shard
 from convex_caldera.certify.strict import read_table, short
+from convex_caldera.certify.tuned import tuned_tensors
 from convex_caldera.errors import CheckError, FormatError
 
 SINGLE = "model.safetensors"
@@ -81,7 +82,11 @@ def check_source(output: Output, source: Source) -> str:
 
 
 def check_rest(output: Output, source: Source) -> str:
-    """Every tensor of the model is compressed, or stored as it was to the byte; none is new."""
+    """Every tensor of the model is compressed, or stored as it was to the byte; none is new.
+
+    Those that fine-tuning changed keep dtype and shape.
+    """
+    tuned = tuned_tensors(output)
     weights = {f"{name}.weight": layer.spec.shape for name, layer in output.layers.items()}
     odd = set(source.shards) ^ (set(output.rest) | set(weights))
     if odd:
@@ -94,9 +99,9 @@ def check_rest(output: Output, source: Source) -> str:
         mine, theirs = shard.entries[name], other.entries[name]
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
             raise CheckError(f"{short(name)}: dtype or shape differ from the model's")
-        if _digest(shard, name) != _digest(other, name):
+        if name not in tuned and _digest(shard, name) != _digest(other, name):
             raise CheckError(f"{short(name)}: its bytes differ from the model's")
-    return f"{len(output.rest)} tensors"
+    return f"{len(output.rest) - len(tuned)} tensors" + (f", {len(tuned)} tuned" if tuned else "")
 
 
 def _digest(shard: Shard, name: str) -> bytes:

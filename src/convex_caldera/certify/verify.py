@@ -22,6 +22,7 @@ from convex_caldera.certify.losses import check_loss, recompute
 from convex_caldera.certify.reader import Layer, Output, check_manifest, read_output
 from convex_caldera.certify.source import Source, check_rest, check_source, read_source
 from convex_caldera.certify.statistics import Sides, Statistics, read_statistics
+from convex_caldera.certify.tuned import KEY, check_tuned, tuned_layers
 from convex_caldera.certify.waterfilling import check_distance
 from convex_caldera.errors import CheckError, ConvexCalderaError, RecipeError
 
@@ -96,20 +97,25 @@ def _checks(directory: Path, model: Path | None, hessians: Path | None) -> Itera
     yield "the container is in the documented format", open_output
     output = found[0]
     yield "layers are stored as the report says", lambda: plan_claims.check_report(output)
-    yield "stored bytes are within the budget", lambda: plan_claims.check_bytes(output)
+    tuned = KEY in output.report
+    before = " before fine-tuning" if tuned else ""
+    if tuned:
+        yield "what fine-tuning changed is named", lambda: check_tuned(output)
+    yield f"stored bytes are within the budget{before}", lambda: plan_claims.check_bytes(output)
     if output.certificate is not None:
-        yield from _certificate_checks(output)
+        yield from _certificate_checks(output, before)
     weighted = hessians is not None or plan_claims.curvature_of(output) == "none"
-    if model is None or not weighted:
+    if tuned or model is None or not weighted:
         yield "every layer decodes to finite weights", lambda: _decodes(output)
     if model is not None:
         yield from _model_checks(output, model, hessians)
 
 
-def _certificate_checks(output: Output) -> Iterator[Check]:
-    yield "every layer is the option that was chosen", lambda: plan_claims.check_options(output)
-    yield "the plan obeys ties and budget", lambda: plan_claims.check_plan(output)
-    yield "no plan is better than the bound", lambda: plan_claims.check_plan_bound(output)
+def _certificate_checks(output: Output, before: str) -> Iterator[Check]:
+    chosen = f"every layer is the option that was chosen{before}"
+    yield chosen, lambda: plan_claims.check_options(output)
+    yield f"the plan obeys ties and budget{before}", lambda: plan_claims.check_plan(output)
+    yield f"no plan is better than the bound{before}", lambda: plan_claims.check_plan_bound(output)
     if plan_claims.certificate_of(output)["surrogate"] is not None:
         yield "the surrogate's gap is what it says", lambda: surrogate.check(output)
 
@@ -163,7 +169,10 @@ def _check_statistics(output: Output, source: Source, statistics: Statistics) ->
 
 def _losses(output: Output, source: Source, statistics: Statistics) -> str:
     total = worst = 0.0
+    tuned = tuned_layers(output)
     for name, layer in sorted(output.layers.items()):
+        if name in tuned:
+            continue  # its claimed error is that before tuning, whose values are gone
         record = output.report["layers"][name]
         sides = statistics.sides(name, record["input_site"], layer.spec.shape[0])
         W = source.weight(f"{name}.weight")
@@ -175,8 +184,10 @@ def _losses(output: Output, source: Source, statistics: Statistics) -> str:
         total += found.loss
         if found.loss > 0:
             worst = max(worst, found.tolerance / found.loss)
-    count = len(output.layers)
-    return f"{count} layers, sum {total:.6g}, each within {worst:.1e} relative"
+    count = f"{len(output.layers) - len(tuned)} layers" + (
+        f" ({len(tuned)} tuned)" if tuned else ""
+    )
+    return f"{count}, sum {total:.6g}, each within {worst:.1e} relative"
 
 
 def _programs(output: Output, source: Source, statistics: Statistics) -> str:

@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from convex_caldera.cli import compressing, reading
+from convex_caldera.cli import compressing, reading, tuning
 from convex_caldera.errors import ConvexCalderaError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 compressing.add_commands(app)
 reading.add_commands(app)
+tuning.add_commands(app)
 
 USAGE, INTERRUPTED = 2, 5
 # typer's codes for an abort by the user and for Ctrl-C; it has no other use for them.

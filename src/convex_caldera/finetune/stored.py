@@ -13,6 +13,7 @@ from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import FormatError
 from convex_caldera.finetune.place import norm_weights
 from convex_caldera.models.meta import load_config, meta_model
+from convex_caldera.models.sites import find_blocks
 from convex_caldera.runtime.names import own_name
 from convex_caldera.storage.read import Container
 from convex_caldera.storage.shard import DTYPES
@@ -23,6 +24,7 @@ class StoredModel:
 
     Attributes:
         container: the directory.
+        blocks_name: the module list of the decoder blocks.
         layer_names: module -> name of the compressed layer in the files.
         norm_names: parameter of a normalization layer -> name of its tensor in the files.
 
@@ -33,6 +35,7 @@ class StoredModel:
     def __init__(self, container: Container):
         self.container = container
         model = meta_model(load_config(container.directory), torch.float32)
+        self.blocks_name = find_blocks(model)[0]
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.layer_names: dict[str, str] = {}
         for stored in container.layers:

@@ -147,19 +147,19 @@ class _Run:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss = self.objective.loss(batch)
+        value = float(loss.detach())
         loss.backward()  # a loss that is NaN makes every process of the team see NaN below
         gradients = [p.grad for p in self.trained.parameters if p.grad is not None]
         self.team.average(gradients)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters, schedule.clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        if not (math.isfinite(value) and torch.isfinite(norm)):
             position.stopped = (
-                f"loss {float(loss)}, gradient {float(norm)} at step {position.step + 1} "
+                f"loss {value}, gradient {float(norm)} at step {position.step + 1} "
                 f"(batch {batch}) of {self.objective.name}; lower --lr"
             )
             self._write("stopped", step=position.step, reason=position.stopped)
-            return float(loss)
+            return value
         self.optimizer.step()
-        value = float(loss)
         self._write("step", step=position.step + 1, loss=value, lr=rate, gradient=float(norm))
         return value
 

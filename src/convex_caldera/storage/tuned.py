@@ -16,9 +16,9 @@ from torch import Tensor
 
 from convex_caldera.errors import FormatError, ModelError
 from convex_caldera.storage.files import sha256_of
-from convex_caldera.storage.manifest import MANIFEST
+from convex_caldera.storage.manifest import FOLDER, MANIFEST
 from convex_caldera.storage.read import Container
-from convex_caldera.storage.shard import TensorInfo, describe, read_raw, tensor_bytes
+from convex_caldera.storage.shard import TensorInfo, describe, parse_json, read_raw, tensor_bytes
 from convex_caldera.storage.source import SourceModel
 
 WEIGHT_DTYPE = "F32"  # of the decoded weight, which is stored nowhere
@@ -86,3 +86,21 @@ class CompressedSource:
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of the manifest, which has those of all other files."""
         return {MANIFEST: sha256_of(self.directory / MANIFEST)}
+
+
+def provenance_of(container: Container) -> dict[str, Any]:
+    """convex_caldera/provenance.json."""
+    return _record(container, "provenance.json")
+
+
+def certificate_of(container: Container) -> dict[str, Any] | None:
+    """convex_caldera/certificate.json, or None where the method makes no plan."""
+    present = (container.directory / FOLDER / "certificate.json").is_file()
+    return _record(container, "certificate.json") if present else None
+
+
+def _record(container: Container, name: str) -> dict[str, Any]:
+    record = parse_json((container.directory / FOLDER / name).read_bytes(), name)
+    if not isinstance(record, dict):
+        raise FormatError(f"{FOLDER}/{name}: must be a table")
+    return record

@@ -69,7 +69,7 @@ class TuneSettings(BaseModel):
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """"block", "model" or both, in order."""
+        """ "block", "model" or both, in order."""
         return ("block", "model") if self.scope == "both" else (self.scope,)
 
     @property
