@@ -10,6 +10,7 @@ from convex_caldera.quantizers.kmeans import KMeans
 from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.minifloat import Minifloat
 from convex_caldera.quantizers.mxint import MXInt
+from convex_caldera.quantizers.neural import Neural
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.strip_order import StripOrder
 from convex_caldera.quantizers.trellis import Trellis
@@ -23,6 +24,7 @@ TABLE: dict[str, type[Quantizer]] = {
     "lloyd_max": LloydMax,
     "minifloat": Minifloat,
     "mxint": MXInt,
+    "neural": Neural,
     "normal_float": NormalFloat,
     "strip_order": StripOrder,
     "trellis": Trellis,
@@ -38,6 +40,7 @@ __all__ = [
     "LloydMax",
     "MXInt",
     "Minifloat",
+    "Neural",
     "NormalFloat",
     "StripOrder",
     "Trellis",
