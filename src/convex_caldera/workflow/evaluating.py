@@ -66,7 +66,7 @@ def evaluate_models(
     if models[0].compressed and len(models) > 1:
         raise RecipeError(f"{names[0]} is compressed; name the original model first")
     progress = progress or Silent()
-    bar = _Meter(progress)
+    bar = Meter(progress)
     evaluation = evaluate(
         [_candidate(model, device) for model in models],
         read_text(text),
@@ -98,7 +98,7 @@ def _with_activations(cells: tuple[str, ...], activations: str | None) -> tuple[
     return (*cells[:column], shown, *cells[column + 1 :])
 
 
-class _Meter:
+class Meter:
     """Turns (done, total, seconds left) into steps of a progress stage."""
 
     def __init__(self, progress: Progress):
