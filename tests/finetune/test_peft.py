@@ -1,0 +1,75 @@
+"""PEFT finds our layers by their sizes, trains beside them and saves an ordinary adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from convex_caldera.errors import ModelError, RecipeError
+from convex_caldera.finetune.adapters import attach, load_adapter
+from convex_caldera.runtime.load import load
+from tests.workflow.fixtures import Output
+
+pytest.importorskip("peft", reason="PEFT is not installed (extra `finetune`)")
+TOKENS = torch.arange(24).view(2, 12) * 7 % 320
+
+
+OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.mark.parametrize("method", ["gptq", "caldera"])
+def test_adapter_is_trained_saved_and_loaded(
+    method: str, compressed: Callable[..., Output], tmp_path: Path
+) -> None:
+    directory = compressed(method).directory
+    torch.manual_seed(0)
+    model = attach(load(directory, dtype=torch.float32), **OPTIONS)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        plain = load(directory, dtype=torch.float32)(TOKENS).logits
+    torch.testing.assert_close(before, plain, rtol=1e-4, atol=1e-4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 2  # two factors of two layers in two blocks
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = model(TOKENS, labels=TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+    model.save_pretrained(tmp_path / "adapter")
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    again = load_adapter(load(directory, dtype=torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(TOKENS).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_adapter_of_another_model_is_refused(
+    compressed: Callable[..., Output], tmp_path: Path
+) -> None:
+    attach(load(compressed("gptq").directory), **OPTIONS).save_pretrained(tmp_path / "adapter")
+    wider = load(compressed("gptq", "llama", intermediate_size=96).directory)
+    with pytest.raises(ModelError, match=r"another model: .*down_proj has 96 inputs here, 112"):
+        load_adapter(wider, tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"another model: no model\.layers\.1"):
+        load_adapter(
+            load(compressed("gptq", "llama", num_hidden_layers=1).directory), tmp_path / "adapter"
+        )
+    with pytest.raises(ModelError, match="holds no adapter"):
+        load_adapter(wider, tmp_path)
+
+
+def test_options_that_read_dense_weights_are_refused(compressed: Callable[..., Output]) -> None:
+    model = load(compressed("gptq").directory)
+    for options in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(RecipeError, match="dense"):
+            attach(model, **OPTIONS, **options)
