@@ -11,7 +11,7 @@ import torch
 from convex_caldera import quantizers, transforms
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import FormatError, ShapeError
-from convex_caldera.quantizers import ClippedUniform, KMeans, LloydMax
+from convex_caldera.quantizers import ClippedUniform, DoubleScale, KMeans, LloydMax, StripOrder
 from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
@@ -140,6 +140,8 @@ QUANTIZERS = {
     "lloyd-max": LloydMax(3, group_size=8),
     "k-means": KMeans(1.25, 4),
     "clipped": ClippedUniform(3, 0),
+    "double scale": DoubleScale(KMeans(2, 2), 8),
+    "strips": StripOrder(DoubleScale(NormalFloat(2, -1), 8), 16),
     "chained trellis": Trellis(1.5, 6, chain=2, row_scales=True),
     "per row": Uniform(3, group_size=0, symmetric=True, search=False),
 }
@@ -169,7 +171,7 @@ def test_kernels_agree_with_decoding(
 
 
 def test_unknown_packing_is_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(reference.PLANES) == set(quantizers.TABLE), "every kind has its row slices"
+    assert set(reference.PLANES) | set(reference.WHOLE) == set(quantizers.TABLE)
     coded = code(Uniform(3, search=False), gaussian(37, 21))
     monkeypatch.setattr(reference, "SLICE_VALUES", 16 * 21)
     monkeypatch.setattr(reference, "PLANES", {})

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from convex_caldera.certify.codec import Array, finite
 from convex_caldera.certify.decode_entropy import fixed_width
+from convex_caldera.certify.decode_neural import DECODER, neural_core
 from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.certify.reader import Layer
 from convex_caldera.certify.shard import ELEMENT_BYTES, from_bytes
@@ -60,7 +61,7 @@ def _terms(layer: Layer, owners: list[dict[str, Array]]) -> Iterator[Array]:
     rest = iter(owners)
     for i, term in enumerate(layer.spec.terms):
         if isinstance(term, Coded):
-            yield _values(term, next(rest))
+            yield _values(layer, term, next(rest))
             continue
         left = _factor(layer, term.left, f"left_{i}", rest)
         right = _factor(layer, term.right, f"right_{i}", rest)
@@ -72,15 +73,31 @@ def _factor(
 ) -> Floats:
     """A factor in float64, as stored: a coded left is the transpose."""
     if coded is not None:
-        return _values(coded, next(rest)).astype(np.float64)
+        return _values(layer, coded, next(rest)).astype(np.float64)
     return finite(layer.shard.array(f"{layer.name}.{field}"), field).astype(np.float64)
 
 
-def _values(coded: Coded, tensors: dict[str, Array]) -> NDArray[np.float32]:
+def _values(layer: Layer, coded: Coded, tensors: dict[str, Array]) -> NDArray[np.float32]:
+    tensors = {**tensors, **_borrowed(layer, coded)}
     if coded.coder is not None:
         fixed = fixed_width(coded.coder, tensors["codes"], coded.code_bytes)
         tensors = {**tensors, "codes": fixed}
     return QUANTIZERS[coded.record["kind"]].decode(coded.record, coded.shape, tensors)
+
+
+def _borrowed(layer: Layer, coded: Coded) -> dict[str, Array]:
+    """The decoder of a neural record that is stored with another layer (rule F20)."""
+    prefix, core = neural_core(coded.record)
+    if core is None or not core["home"]:
+        return {}
+    home = layer.others.get(core["home"])
+    if home is None:
+        raise FormatError(f"{short(layer.name)}: no layer {short(core['home'])} to borrow from")
+    for owner, tensors in zip(home.spec.owners, _split(home.spec, _packed(home)), strict=True):
+        inner, stored = neural_core(owner.record)
+        if stored is not None and not stored["home"]:
+            return {prefix + name: tensors[inner + name] for name in DECODER}
+    raise FormatError(f"{short(core['home'])}: a decoder is borrowed, but it stores none")
 
 
 def _packed(layer: Layer) -> bytes:

@@ -47,6 +47,16 @@ MOST_FEATURES = 1 << 26  # values of a patch's largest layer
 _CHUNK_FEATURES = 1 << 23
 
 
+def neural_core(record: Record) -> tuple[str, Record | None]:
+    """The neural record within a record, and the prefix of its parts' names."""
+    prefix, core = "", record
+    while core["kind"] != "neural":
+        if "inner" not in core:
+            return prefix, None
+        prefix, core = prefix + "inner_", core["inner"]
+    return prefix, core
+
+
 def layers_of(record: Record) -> list[Convolution]:
     """The decoder's convolutions. Raises FormatError where strides do not fit together."""
     down, up = math.prod(record["enc_strides"]), math.prod(record["dec_strides"])

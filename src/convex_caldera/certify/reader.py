@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Layer:
     name: str
     shard: Shard
     spec: LayerSpec
+    # All layers of the output by name, among them those that store a decoder for this one.
+    others: Mapping[str, Layer] = field(default_factory=dict, repr=False)
 
     @property
     def stored_bytes(self) -> int:
@@ -186,7 +188,7 @@ def read_output(directory: Path) -> Output:
         for name, spec in specs.items():
             if name in layers:
                 raise FormatError(f"{shard.name}: layer {short(name)} appears twice")
-            layers[name] = Layer(name, shard, spec)
+            layers[name] = Layer(name, shard, spec, layers)
     if not layers:
         raise FormatError("no shard holds a compressed layer")
     twins = [name for name in layers if f"{name}.weight" in rest]

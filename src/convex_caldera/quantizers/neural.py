@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
+from convex_caldera.quantizers.double_scale import INNER
 from convex_caldera.quantizers.groups import check_finite, check_matrix, checked_tensor
 from convex_caldera.quantizers.kmeans import floored
 from convex_caldera.quantizers.neural_decoder import Decoder, DecoderShape
@@ -64,18 +66,18 @@ class Neural:
         RecipeError: an option out of range, or strides that do not fit.
     """
 
-    patch: int = 64
-    channels: int = 16
-    enc_strides: tuple[int, ...] = (4, 2)
-    dec_strides: tuple[int, ...] = (4, 2)
-    width: int = 32
+    patch: int = 32
+    channels: int = 4
+    enc_strides: tuple[int, ...] = (2,)
+    dec_strides: tuple[int, ...] = (2,)
+    width: int = 16
     kernels: tuple[int, int] = (1, 3)
     least_width: int = 4
     decoder_bits: int = 6
-    embed_bits: int = 6
+    embed_bits: int = 3
     home: str = ""
     encoder_width: int = 32
-    epochs: int = 60
+    epochs: int = 10
     rate: float = 2e-3
     seed: int = 1
     refinements: int = 8
@@ -262,9 +264,30 @@ class FittedNeural:
             raise ShapeError(f"neural codes stand for all of {self.shape} at once, no part of it")
 
 
-def without_home(quantizer: Neural) -> Neural:
-    """The record of the layer that stores the decoder."""
-    return replace(quantizer, home="")
+def neural_part(quantizer: Quantizer) -> tuple[str, Neural | None]:
+    """The neural record at the core of a quantizer, and the prefix of its tensors' names."""
+    prefix = ""
+    while not isinstance(quantizer, Neural | TrainedNeural):
+        inner = getattr(quantizer, "inner", None)
+        if inner is None:
+            return prefix, None
+        prefix, quantizer = prefix + INNER, inner
+    return prefix, quantizer.record if isinstance(quantizer, TrainedNeural) else quantizer
+
+
+def with_core(quantizer: Quantizer, core: Neural | TrainedNeural) -> Quantizer:
+    """The same quantizer around another neural core."""
+    if isinstance(quantizer, Neural | TrainedNeural):
+        return core
+    return replace(quantizer, inner=with_core(quantizer.inner, core))  # type: ignore[attr-defined, type-var]
+
+
+def fitted_core(fitted: FittedQuantizer) -> FittedNeural | None:
+    """The fitted neural codes at the core of a fitted quantizer."""
+    core: object = fitted
+    while core is not None and not isinstance(core, FittedNeural):
+        core = getattr(core, "inner", None)
+    return core
 
 
 def _checked(W: Tensor, importance: Tensor | None, gain: float) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Where training starts: an autoencoder that already is a linear transform code.
 
-    encoder   E = tanh(B x)            B the `channels` lowest cosines over a place's pixels
+    encoder   E = B x                B the `channels` lowest cosines over a place's pixels
     decoder   GELU(u) - GELU(-u) = u   carries every signal through as a pair of channels
 
 so that the decoder computes B^T E exactly, whatever its depth, wherever its widths leave room

@@ -1,6 +1,6 @@
 """Training an autoencoder of weight patches: ConvNeXt encoder, quantized pixel-shuffle decoder.
 
-    min over encoder and decoder of   sum w (V - D(q(tanh E(V))))^2
+    min over encoder and decoder of   sum w (V - D(q(E(V))))^2
 
 with the decoder's weights rounded to their levels and embeddings to theirs in every forward pass,
 gradients passing straight through (quantization-aware training). The encoder only serves to find
@@ -8,8 +8,8 @@ embeddings and is not stored; the decoder is overfitted to the patches, which is
 
 Source: HNeRV, arXiv 2304.02633; ReALLM, arXiv 2405.13155. Learning rate as theirs: 10 % linear
 warm-up from a tenth, then a cosine to zero; the best of ten looks at the whole set is kept.
-Differs: errors are weighted by the importance of their column; embeddings are bounded by tanh
-and quantized in training, theirs afterwards or not at all; training starts from a linear
+Differs: errors are weighted by the importance of their column; embeddings are
+clipped and quantized in training, theirs afterwards or not at all; training starts from a linear
 transform code (`neural_start`) instead of noise.
 """
 
@@ -48,7 +48,9 @@ STEPS_AN_EPOCH = 8  # at least, where there are so many patches
 BATCH_VALUES = 1 << 18  # at most, but one patch
 LOOKS = 10  # at the error over all patches
 REFINEMENT_RATE = 0.02
-LOADING = 2.5  # rms values that an embedding of size 1 stands for at the start
+# Standard deviations that an embedding of size 1 stands for at the start, by embedding bits: half
+# the range of the best uniform code of a Gaussian (Max, 1960).
+LOADING = (1.596, 1.992, 2.344, 2.682, 3.010, 3.331, 3.645, 3.954)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +135,12 @@ class Encoder:
     stages: list[list[Tensor]]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Embeddings in (-1, 1) before they are quantized, (N, channels, grid, grid)."""
+        """Embeddings in [-1, 1] before they are quantized, (N, channels, grid, grid)."""
         (analysis, weight), y = self.stages[-1], x
         for i, (stride, tensors) in enumerate(zip(self.strides, self.stages[:-1], strict=True)):
             y = _stage(y, stride, tensors, first=i == 0)
         linear = F.conv2d(x, analysis, stride=math.prod(self.strides))
-        return torch.tanh(linear + weight.view(-1, 1, 1) * y)
+        return (linear + weight.view(-1, 1, 1) * y).clamp(-1, 1)
 
 
 def make_encoder(
@@ -258,10 +260,10 @@ def train(
     thread is used, so that the result does not depend on how many there are.
     """
     random = generator(options.seed, f"{shape}", "neural training")
-    size = float(patches.values.square().mean().sqrt()) or 1.0
+    size = LOADING[options.embed_bits - 1] * (float(patches.values.square().mean().sqrt()) or 1.0)
     basis = cosine_basis(shape.channels, shape.stride)
-    encoder = make_encoder(shape, options.encoder_width, basis / (LOADING * size), random)
-    parameters = linear_decoder(shape, LOADING * size * basis, random)
+    encoder = make_encoder(shape, options.encoder_width, basis / size, random)
+    parameters = linear_decoder(shape, size * basis, random)
     leaves = [t for stage in encoder.stages for t in stage] + [
         t for pair in parameters for t in pair
     ]

@@ -8,14 +8,16 @@ on the fly, a slice of rows at a time; L and R act one after the other, so W^ ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, Quantizer
-from convex_caldera.core.terms import CompressedLayer
-from convex_caldera.errors import ShapeError
+from convex_caldera.core.terms import Coded, CompressedLayer
+from convex_caldera.errors import FormatError, ShapeError
+from convex_caldera.quantizers.neural import fitted_core
 from convex_caldera.runtime.activations import rounded
 from convex_caldera.runtime.kernels import kernel_for
 from convex_caldera.storage.codec import (
@@ -24,6 +26,7 @@ from convex_caldera.storage.codec import (
     StoredTerm,
     layer_from_tensors,
     layer_to_tensors,
+    lent_decoder,
     stored_terms,
 )
 from convex_caldera.storage.spec import PACKED, Spec, spec_layout
@@ -72,6 +75,9 @@ class CompressedLinear(nn.Module):
             # PEFT asks every layer it wraps for one parameter, to learn its device.
             anchor = torch.empty(0, dtype=dtype, device="cpu")
             self.register_parameter(ANCHOR, nn.Parameter(anchor, requires_grad=False))
+        # Layers that store a decoder for this one, by their name in the file; set by who loads.
+        self.lenders: dict[str, CompressedLinear] = {}
+        self._lent: dict[str, Mapping[str, Tensor]] = {}
         self._stored: Stored | None = None
         self._stored_from: Tensor | None = None
 
@@ -87,6 +93,10 @@ class CompressedLinear(nn.Module):
                 setattr(module, name, nn.Parameter(tensor.clone()))
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone())
+        for term in layer.terms:
+            core = fitted_core(term.fitted) if isinstance(term, Coded) else None
+            if core is not None and core.quantizer.home:
+                module._lent[core.quantizer.home] = core.decoder.tensors()
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +121,7 @@ class CompressedLinear(nn.Module):
 
     def layer(self) -> CompressedLayer:
         """The compressed layer with the present values of the factors."""
-        return layer_from_tensors(self.spec, self._tensors())
+        return layer_from_tensors(self.spec, self._tensors(), self._lend)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -162,11 +172,20 @@ class CompressedLinear(nn.Module):
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).detach() for name in spec_layout(self.spec)}
 
+    def _lend(self, name: str) -> Mapping[str, Tensor]:
+        """A decoder stored with another layer of the model, or given with this one."""
+        if name in self.lenders:
+            home = self.lenders[name]
+            return lent_decoder(home.spec, home.packed)
+        if name not in self._lent:
+            raise FormatError(f"needs the decoder stored with {name}, which is not in this model")
+        return self._lent[name]
+
     def _parts(self) -> Stored:
         """Transforms and terms, rebuilt when the buffers were moved or loaded."""
         packed = getattr(self, PACKED, None)
         if self._stored is None or self._stored_from is not packed:
-            self._stored = stored_terms(self.spec, self._tensors())
+            self._stored = stored_terms(self.spec, self._tensors(), self._lend)
             self._stored_from = packed
         return self._stored
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from convex_caldera.errors import FormatError
+from convex_caldera.quantizers.neural import neural_part
+from convex_caldera.recipes.records import from_record
 from convex_caldera.runtime.linear import CompressedLinear
 from convex_caldera.runtime.names import own_name
 from convex_caldera.storage.spec import Spec
@@ -29,7 +31,8 @@ def replace_linears(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Co
     modules = dict(model.named_modules())
     parameters = set(dict(model.named_parameters(remove_duplicate=False)))
     tied = _tied_names(model)
-    replaced = {}
+    replaced: dict[str, CompressedLinear] = {}
+    homes: list[tuple[CompressedLinear, str]] = []
     for stored, spec in specs.items():
         name = _module_name(model, parameters, stored)
         old = modules[name]
@@ -50,7 +53,20 @@ def replace_linears(model: nn.Module, specs: Mapping[str, Spec]) -> dict[str, Co
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)
         replaced[name] = new
+        homes += [(new, home) for home in homes_of(spec)]
+    for module, home in homes:
+        name = _module_name(model, parameters, home)
+        if name not in replaced:
+            raise FormatError(f"{home}: a decoder is borrowed from it, but it is not compressed")
+        module.lenders[home] = replaced[name]
     return replaced
+
+
+def homes_of(spec: Spec) -> list[str]:
+    """Layers that store a decoder for one with this spec."""
+    items = [item for item in spec["terms"] if item["kind"] == "coded"]
+    cores = [neural_part(from_record(item["quantizer"]))[1] for item in items]
+    return [core.home for core in cores if core is not None and core.home]
 
 
 def _module_name(model: nn.Module, parameters: set[str], stored: str) -> str:

@@ -29,6 +29,7 @@ from convex_caldera.core.recipe import Quantize, Recipe
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import FormatError, RecipeError
 from convex_caldera.recipes.records import from_record
+from convex_caldera.storage.lending import Lend, borrowed, stored_decoder
 from convex_caldera.storage.spec import (
     CODES,
     FACTOR_DTYPES,
@@ -184,19 +185,21 @@ class StoredLowRank:
 StoredTerm = StoredCoded | StoredLowRank
 
 
-def layer_from_tensors(spec: Spec, tensors: Mapping[str, Tensor]) -> CompressedLayer:
-    """Rebuild a layer from its spec and tensors.
+def layer_from_tensors(
+    spec: Spec, tensors: Mapping[str, Tensor], lend: Lend | None = None
+) -> CompressedLayer:
+    """Rebuild a layer from its spec and tensors; `lend` finds what other layers store for it.
 
     Raises FormatError if a tensor is missing, superfluous, of the wrong dtype or shape, holds NaN
     or infinite numbers, or if codes are out of range.
     """
-    transforms, terms = stored_terms(spec, tensors)
+    transforms, terms = stored_terms(spec, tensors, lend)
     shape = (spec["shape"][0], spec["shape"][1])
     return CompressedLayer(shape, tuple(term.unpack() for term in terms), transforms)
 
 
 def stored_terms(
-    spec: Spec, tensors: Mapping[str, Tensor]
+    spec: Spec, tensors: Mapping[str, Tensor], lend: Lend | None = None
 ) -> tuple[tuple[FittedTransform, ...], tuple[StoredTerm, ...]]:
     """Transforms and terms of a stored layer, codes left packed; checks as in the above."""
     check_tensors(spec, tensors)
@@ -209,7 +212,7 @@ def stored_terms(
     terms: list[StoredTerm] = []
     for i, item in enumerate(spec["terms"]):
         if item["kind"] == "coded":
-            terms.append(_stored_coded(item, shape, parts["terms", i]))
+            terms.append(_stored_coded(item, shape, parts["terms", i], lend))
             continue
         sides: list[StoredCoded | Dense] = []
         for side, width in (("left", shape[0]), ("right", shape[1])):
@@ -218,15 +221,28 @@ def stored_terms(
                 sides.append(Dense(_finite({field: tensors[field]})[field]))
             else:
                 stored = parts["terms", i, side]
-                sides.append(_stored_coded(item[side], (item["rank"], width), stored))
+                sides.append(_stored_coded(item[side], (item["rank"], width), stored, lend))
         terms.append(StoredLowRank(*sides))
     return transforms, tuple(terms)
 
 
-def _stored_coded(item: Spec, shape: tuple[int, int], stored: Mapping[str, Tensor]) -> StoredCoded:
+def lent_decoder(spec: Spec, packed: Tensor) -> Mapping[str, Tensor]:
+    """The decoder that a layer stores, for those that borrow it. FormatError if there is none."""
+    parts = split_packed(spec, packed)
+    for i, item in enumerate(spec["terms"]):
+        if item["kind"] == "coded":
+            found = stored_decoder(from_record(item["quantizer"]), parts["terms", i])
+            if found is not None:
+                return found
+    raise FormatError("a decoder is borrowed from a layer that stores none")
+
+
+def _stored_coded(
+    item: Spec, shape: tuple[int, int], stored: Mapping[str, Tensor], lend: Lend | None
+) -> StoredCoded:
     side = _finite({name: t for name, t in stored.items() if name != CODES})
     quantizer = from_record(item["quantizer"])
-    fitted = quantizer.restore(shape, side)
+    fitted = quantizer.restore(shape, {**side, **borrowed(quantizer, lend)})
     if "coder" not in item:
         return StoredCoded(stored[CODES], fitted)
     coder = from_record(item["coder"])

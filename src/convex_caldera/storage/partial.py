@@ -22,10 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from torch import Tensor
+
 from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import FormatError, ResumeError
 from convex_caldera.recipes.records import canonical_json
-from convex_caldera.storage.codec import layer_to_tensors
+from convex_caldera.storage.codec import layer_to_tensors, lent_decoder
 from convex_caldera.storage.files import (
     TEMPORARY,
     disk_full_as_error,
@@ -38,10 +40,11 @@ from convex_caldera.storage.shard import (
     describe,
     parse_json,
     read_header,
+    read_tensor,
     tensor_bytes,
     write_shard,
 )
-from convex_caldera.storage.spec import Spec
+from convex_caldera.storage.spec import PACKED, Spec
 
 PARTIAL = ".partial"
 
@@ -107,7 +110,12 @@ class PartialRun:
     def get(self, name: str) -> CompressedLayer:
         """A stored layer. Raises ResumeError if it is not there, FormatError if damaged."""
         header = read_header(self.artefact(name))
-        return read_layer(header, name, layer_specs(header)[name])
+        return read_layer(header, name, layer_specs(header)[name], self.lend)
+
+    def lend(self, name: str) -> Mapping[str, Tensor]:
+        """The decoder that a stored layer has for others."""
+        header = read_header(self.artefact(name))
+        return lent_decoder(layer_specs(header)[name], read_tensor(header, f"{name}.{PACKED}"))
 
     def record(self, name: str) -> dict[str, Any]:
         """The report record that was stored with a layer."""

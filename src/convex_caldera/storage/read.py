@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import ConvexCalderaError, FormatError
 from convex_caldera.recipes.activations import parse_activations
 from convex_caldera.recipes.records import from_toml
-from convex_caldera.storage.codec import layer_from_tensors
+from convex_caldera.storage.codec import layer_from_tensors, lent_decoder
 from convex_caldera.storage.files import inside
 from convex_caldera.storage.layers import FORMAT_VERSION, METADATA_KEY, layer_specs
+from convex_caldera.storage.lending import Lend
 from convex_caldera.storage.manifest import FOLDER, check_manifest
 from convex_caldera.storage.shard import Header, TensorInfo, parse_json, read_header, read_tensor
 from convex_caldera.storage.source import INDEX
-from convex_caldera.storage.spec import Spec, spec_layout
+from convex_caldera.storage.spec import PACKED, Spec, spec_layout
 
 QUANT_METHOD = "convex_caldera"
 
@@ -75,7 +76,14 @@ class Container:
         if name not in self.layers:
             raise FormatError(f"{self.directory.name}: has no compressed layer {name!r}")
         header, spec = self.layers[name]
-        return read_layer(header, name, spec)
+        return read_layer(header, name, spec, self.lend)
+
+    def lend(self, name: str) -> Mapping[str, Tensor]:
+        """The decoder that a layer stores for others. Raises FormatError if there is none."""
+        if name not in self.layers:
+            raise FormatError(f"{self.directory.name}: no layer {name!r} to borrow a decoder from")
+        header, spec = self.layers[name]
+        return lent_decoder(spec, read_tensor(header, f"{name}.{PACKED}"))
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors that were kept as they were."""
@@ -155,11 +163,11 @@ def read_layers(
         yield name, container.layer(name)
 
 
-def read_layer(header: Header, name: str, spec: Spec) -> CompressedLayer:
+def read_layer(header: Header, name: str, spec: Spec, lend: Lend | None = None) -> CompressedLayer:
     """One layer of an opened shard. Raises FormatError naming the layer."""
     try:
         tensors = {field: read_tensor(header, f"{name}.{field}") for field in spec_layout(spec)}
-        return layer_from_tensors(spec, tensors)
+        return layer_from_tensors(spec, tensors, lend)
     except FormatError as error:
         raise FormatError(f"{header.path.name}: {name}: {error}") from error
 

@@ -48,8 +48,13 @@ def _tiles(fitted: Any) -> Planes:
     return ((row, -1),)
 
 
-PLANES: dict[str, Callable[[Any], Planes]] = {
+def _inner(fitted: Any) -> Planes | None:
+    return planes_of(fitted.inner)
+
+
+PLANES: dict[str, Callable[[Any], Planes | None]] = {
     "clipped_uniform": _bit_stream,
+    "double_scale": _inner,
     "kmeans": _codewords,
     "lloyd_max": _bit_stream,
     "uniform": _bit_stream,
@@ -59,6 +64,14 @@ PLANES: dict[str, Callable[[Any], Planes]] = {
     "e8p": _lattice,
     "trellis": _tiles,
 }
+# Decoded as a whole: columns in another order every few rows, or patches of a network.
+WHOLE = ("neural", "strip_order")
+
+
+def planes_of(fitted: FittedQuantizer) -> Planes | None:
+    """Where the bytes of rows are; None if the matrix is decoded as a whole."""
+    known = PLANES.get(fitted.quantizer.kind)
+    return None if known is None else known(fitted)
 
 
 def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
@@ -90,10 +103,10 @@ def product_transposed(slices: Slices, y: Tensor, n: int) -> Tensor:
 def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Slices:
     """Slices of rows and their decoded values (rows, n), float32, in order."""
     m, n = fitted.shape
-    if fitted.quantizer.kind not in PLANES:
+    planes = planes_of(fitted)
+    if planes is None:
         yield slice(0, m), fitted.decode(fitted.unpack(packed))
         return
-    planes = PLANES[fitted.quantizer.kind](fitted)
     unit = math.lcm(ROW_STEP, fitted.row_block)
     step = max(SLICE_VALUES // (n * unit), 1) * unit
     for start in range(0, m, step):
