@@ -17,6 +17,8 @@ from convex_caldera.errors import FormatError
 from convex_caldera.linalg.hadamard import base_order, rotate
 from convex_caldera.quantizers import (
     E8P,
+    ECSQ,
+    ECVQ,
     ClippedUniform,
     DoubleScale,
     KMeans,
@@ -57,6 +59,8 @@ ALL = [
     *(KMeans(bits, dim) for bits, dim in ((2.0, 1), (2.5, 2), (2.0, 3), (2.5, 4))),
     KMeans(1.0, 8, group_size=16, scale_dtype="float32"),
     KMeans(1.0, 4, group_size=0),
+    *(ECSQ(bits) for bits in (0.25, 2.0, 2.5, 6.0)),
+    *(ECVQ(bits, dim, iterations=2) for bits, dim in ((2.0, 2), (1.1, 3), (0.5, 8), (4.5, 1))),
     Trellis(2.0, 6, "mul1"),
     Trellis(2.0, 5, "3inst"),
     Trellis(3.0, 6, "1mad", chain=2),

@@ -3,12 +3,14 @@
     lloyd_max         value = levels[c] * scale
     kmeans            block of `dim` columns = codebook[c] * scale, missing columns dropped
     clipped_uniform   value = low + c * step
+    ecsq, ecvq        as lloyd_max and kmeans with one scale and the rate as `bits`
 
 all in float32, one rounding for each operation. bits * dim is a whole number of 1 to 12.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -94,9 +96,24 @@ def decode_kmeans(record: Record, shape: Shape, tensors: Mapping[str, Array]) ->
 
 def _code_bits(record: Record) -> int:
     bits = record["bits"] * record["dim"]
+    if abs(bits - round(bits)) < 1e-9:  # (q / dim) * dim need not be q
+        bits = round(bits)
     if bits != int(bits) or not 1 <= bits <= MAX_CODE_BITS:
         raise FormatError(f"a code of {bits} bits; whole numbers of 1 to {MAX_CODE_BITS} are")
     return int(bits)
+
+
+def _scalar(record: Record) -> Record:
+    """ECSQ as Lloyd-Max: codes of three more bits than the rate, at most eight."""
+    return {**record, "bits": min(math.ceil(record["bits"]) + 3, 8), "group_size": -1}
+
+
+def _vector(record: Record) -> Record:
+    """ECVQ as k-means: codes of two more bits than the rate of a block."""
+    rate = record["bits"] * record["dim"]
+    if not 0.5 <= rate <= 6:
+        raise FormatError(f"{rate} bits for a block of ecvq; 0.5 to 6 are possible")
+    return {**record, "bits": (math.ceil(rate) + 2) / record["dim"], "group_size": -1}
 
 
 _LEARNED = {
@@ -115,6 +132,23 @@ KMEANS = QuantizerFormat(
     {**_LEARNED, "bits": real(0, 12), "dim": integer(1, 32), "sample_size": integer(1)},
     kmeans_layout,
     decode_kmeans,
+)
+ECSQ = QuantizerFormat(
+    {"bits": real(0.25, 6), "scale_dtype": one_of(*SCALE_DTYPES)},
+    lambda record, shape: lloyd_max_layout(_scalar(record), shape),
+    lambda record, shape, tensors: decode_lloyd_max(_scalar(record), shape, tensors),
+)
+ECVQ = QuantizerFormat(
+    {
+        "bits": real(0, 6),
+        "dim": integer(1, 8),
+        "iterations": integer(1),
+        "sample_size": integer(1),
+        "seed": integer(-(1 << 63)),
+        "scale_dtype": one_of(*SCALE_DTYPES),
+    },
+    lambda record, shape: kmeans_layout(_vector(record), shape),
+    lambda record, shape, tensors: decode_kmeans(_vector(record), shape, tensors),
 )
 CLIPPED_UNIFORM = QuantizerFormat(
     {

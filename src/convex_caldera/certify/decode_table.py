@@ -20,6 +20,8 @@ from convex_caldera.certify.codec import QuantizerFormat, TransformFormat
 PLAIN: dict[str, QuantizerFormat] = {
     "clipped_uniform": decode_codebooks.CLIPPED_UNIFORM,
     "e8p": decode_e8p.FORMAT,
+    "ecsq": decode_codebooks.ECSQ,
+    "ecvq": decode_codebooks.ECVQ,
     "kmeans": decode_codebooks.KMEANS,
     "lloyd_max": decode_codebooks.LLOYD_MAX,
     "minifloat": decode_minifloat.FORMAT,

@@ -6,6 +6,8 @@ from convex_caldera.core.protocols import Quantizer
 from convex_caldera.quantizers.clipped_uniform import ClippedUniform
 from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.ecsq import ECSQ
+from convex_caldera.quantizers.ecvq import ECVQ
 from convex_caldera.quantizers.kmeans import KMeans
 from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.minifloat import Minifloat
@@ -20,6 +22,8 @@ TABLE: dict[str, type[Quantizer]] = {
     "clipped_uniform": ClippedUniform,
     "double_scale": DoubleScale,
     "e8p": E8P,
+    "ecsq": ECSQ,
+    "ecvq": ECVQ,
     "kmeans": KMeans,
     "lloyd_max": LloydMax,
     "minifloat": Minifloat,
@@ -33,6 +37,8 @@ TABLE: dict[str, type[Quantizer]] = {
 
 __all__ = [
     "E8P",
+    "ECSQ",
+    "ECVQ",
     "TABLE",
     "ClippedUniform",
     "DoubleScale",

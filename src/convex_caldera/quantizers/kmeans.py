@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,7 +136,7 @@ class KMeans:
         scales = round_scales(natural, self.scale_dtype)
         columns = None if importance is None else floored(importance)
         unit = FittedKMeans(self, shape, scales, torch.empty(0), columns)
-        points, weights = self._sample(W, unit)
+        points, weights = self.sample(W, unit)
         codebook = lloyd(points, weights, self)
         return FittedKMeans(
             self,
@@ -161,7 +162,7 @@ class KMeans:
         codebook = checked_tensor(tensors, "codebook", (self.num_codewords, self.dim), dtype)
         return FittedKMeans(self, shape, checked_tensor(tensors, "scales", grid, dtype), codebook)
 
-    def _sample(self, W: Tensor, unit: FittedKMeans) -> tuple[Tensor, Tensor]:
+    def sample(self, W: Tensor, unit: FittedKMeans) -> tuple[Tensor, Tensor]:
         """Normalized blocks (N, dim), and the weight of each of their coordinates."""
         count = W.shape[0] * unit.blocks
         if count <= self.sample_size:
@@ -316,9 +317,9 @@ def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
     random = generator(quantizer.seed, f"{tuple(points.shape)}", "k-means seeding")
     draws = torch.rand(quantizer.num_codewords, generator=random, dtype=torch.float64)
     codebook = kernels.seed_codebook(x, w, draws.numpy())
-    last = float("inf")
+    last, free = float("inf"), np.zeros(len(codebook), np.float32)
     for _ in range(quantizer.iterations):
-        codes, errors = kernels.nearest(x, w, codebook)
+        codes, errors = kernels.nearest(x, w, codebook, free)
         total = float(errors.sum(dtype="float64"))
         means, members = kernels.centroids(x, w, codes, codebook)
         codebook = means.astype("float32")
@@ -332,21 +333,22 @@ def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
     return torch.from_numpy(codebook)
 
 
-def nearest(x: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+def nearest(x: Tensor, weights: Tensor, codebook: Tensor, bias: Tensor | None = None) -> Tensor:
     """Codes (N,), int32, of x (N, dim): compiled on the CPU, plain torch elsewhere.
 
-    `weights` (P, dim): row i mod P serves point i.
+    `weights` (P, dim): row i mod P serves point i; `bias` (K,) is added to a codeword's distance.
     """
+    free = torch.zeros(codebook.shape[0]) if bias is None else bias.float()
     if x.device.type != "cpu":
-        return nearest_plain(x, weights, codebook.to(x.device))
+        return nearest_plain(x, weights, codebook.to(x.device), free.to(x.device))
     from convex_caldera.quantizers import kmeans_kernels as kernels
 
     table = codebook.float().contiguous().numpy()
     points, w = x.detach().contiguous().numpy(), weights.contiguous().numpy()
-    return torch.from_numpy(kernels.nearest(points, w, table)[0])
+    return torch.from_numpy(kernels.nearest(points, w, table, free.numpy())[0])
 
 
-def nearest_plain(x: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+def nearest_plain(x: Tensor, weights: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
     """The same by differences of all pairs, in chunks."""
     table = codebook.float()
     w = weights.repeat(-(-x.shape[0] // weights.shape[0]), 1)[: x.shape[0]]
@@ -354,5 +356,5 @@ def nearest_plain(x: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
     codes = []
     for points, part in zip(x.split(step), w.split(step), strict=True):
         gaps = (points[:, None, :] - table).square_() * part[:, None, :]
-        codes.append(gaps.sum(-1).argmin(1))
+        codes.append((gaps.sum(-1) + bias).argmin(1))
     return torch.cat(codes).int()

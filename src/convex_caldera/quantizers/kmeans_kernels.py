@@ -21,12 +21,13 @@ _LANES = 64
 
 
 @njit(cache=True, nogil=True)
-def nearest(x: Any, weights: Any, codebook: Any) -> Any:
-    """Codes (N,) and weighted squared distances (N,) of x (N, d).
+def nearest(x: Any, weights: Any, codebook: Any, bias: Any) -> Any:
+    """Codes (N,) and weighted squared distances plus bias (N,) of x (N, d).
 
     `weights` (P, d) serve point i in row i mod P: P is N, 1, or the blocks of a matrix row;
-    `codebook` is (K, d). Of equally near codewords the first is taken. Points go `_LANES` at a
-    time, coordinates first, so that the compiler vectorizes over them.
+    `codebook` is (K, d), `bias` (K,) what a codeword costs by itself. Of equally near codewords
+    the first is taken. Points go `_LANES` at a time, coordinates first, so that the compiler
+    vectorizes over them.
     """
     count, dim = x.shape
     period = weights.shape[0]
@@ -47,7 +48,7 @@ def nearest(x: Any, weights: Any, codebook: Any) -> Any:
         least[:] = np.inf
         best[:] = 0
         for k in range(codebook.shape[0]):
-            distance[:] = 0
+            distance[:] = bias[k]
             for j in range(dim):
                 level = codebook[k, j]
                 for lane in range(_LANES):
