@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from convex_caldera.cli import evaluating
 from convex_caldera.cli import options as opt
 
 Directory = Annotated[Path, typer.Argument(help="The output folder of a compression.")]
@@ -16,7 +17,7 @@ CHECK_FAILED = 4
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands on the application."""
-    app.command("eval")(evaluate)
+    evaluating.add_commands(app)
     app.command()(inspect)
     app.command()(generate)
     app.command()(verify)
@@ -24,33 +25,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(export)
     app.command()(distortion)
     app.command()(methods)
-
-
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="The original first, then compressed ones.")],
-    text: Annotated[
-        str, typer.Option(help="Held-out text: a file, or bundled[:split].")
-    ] = "bundled:test",
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between windows; the window unless given.")
-    ] = None,
-    bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = True,
-    max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.")] = None,
-    device: opt.Device = None,
-    json: opt.Json = None,
-) -> None:
-    """Perplexity, KL and top-1 agreement of several models on the same tokens in one run."""
-    from convex_caldera.workflow.evaluating import evaluate_models
-    from convex_caldera.workflow.progress import shown
-
-    with shown() as progress:
-        result = evaluate_models(
-            models, text, window=window, stride=stride, bos=bos, max_tokens=max_tokens,
-            device=device or "cpu", progress=progress,
-        )  # fmt: skip
-    print(result.text())
-    opt.write_json(json, result.to_dict())
 
 
 def inspect(directory: Directory, json: opt.Json = None) -> None:
