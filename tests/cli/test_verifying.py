@@ -56,7 +56,9 @@ def test_default_method_is_verified_from_what_calibrate_saved(
 
 def test_certificate_says_what_it_does_not_prove(compressed: Any) -> None:
     folder = compressed("convex-caldera").directory / "convex_caldera"
-    certificate = json.loads((folder / "certificate.json").read_text())
+    text = (folder / "certificate.json").read_text()
+    certificate = json.loads(text)
+    assert text.splitlines()[1].startswith('  "statement": "Proves: ')
     statement = certificate["statement"]
     assert statement.startswith("Proves: ")
     for words in ("Does not prove:", "options that were not chosen", "held_out_scale"):

@@ -100,7 +100,8 @@ def assemble(
         f"{FOLDER}/provenance.json": _json(provenance),
     }
     if certificate is not None:
-        texts[f"{FOLDER}/certificate.json"] = _json(certificate)
+        # In the order given: it begins with what it proves and what it does not.
+        texts[f"{FOLDER}/certificate.json"] = _json(certificate, sort_keys=False)
     files.update(_write_others(run.out, texts, sides))
     _remove_strays(run.out, files)
     write_manifest(run.out, files)
@@ -254,5 +255,5 @@ def _audit(container: Container, names: list[str], rest: list[TensorInfo]) -> No
         raise FormatError(f"{container.directory.name}: the files do not hold what was planned")
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+def _json(value: Any, sort_keys: bool = True) -> str:
+    return json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n"

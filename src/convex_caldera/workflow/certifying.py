@@ -40,8 +40,8 @@ def certificate_of(
 ) -> dict[str, Any]:
     """Plain JSON; docs/certificate.md states what each field means and how it is rechecked."""
     return {
-        "schema": SCHEMA,
         "statement": statement_of(integer, unit),
+        "schema": SCHEMA,
         "method": job.settings.method,
         "unit": unit,
         "curvature": job.curvature,
