@@ -1,7 +1,8 @@
 """Claims about certificate.json and report.json that need no model.
 
 certificate.json (docs/certificate.md) has exactly these keys: schema 1, statement, method,
-budget_bytes, compressed_bytes, header_bytes, curves, plan, surrogate, layers, unit, curvature.
+budget_bytes, compressed_bytes, header_bytes, reserved_bytes, curves, plan, surrogate, layers,
+unit, curvature.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ KEYS = (
     "budget_bytes",
     "compressed_bytes",
     "header_bytes",
+    "reserved_bytes",
     "curves",
     "plan",
     "surrogate",
@@ -45,11 +47,12 @@ LAYER_KEYS = (
     "relative_loss",
     "held_out_scale",
     "gap_to_waterfilling_bits",
+    "program",
 )
 # Methods whose outputs make a plan, so that one without its certificate is not accepted.
 PLANNED = ("convex-caldera",)
 UNITS = ("nats", "relative")
-CURVATURES = ("none", "input", "kronecker")
+CURVATURES = ("none", "input", "kronecker", "guided")
 
 
 def certificate_of(output: Output) -> Mapping[str, Any]:
@@ -61,7 +64,7 @@ def certificate_of(output: Output) -> Mapping[str, Any]:
         string(certificate[name], f"certificate.{name}")
     if certificate["method"] != output.report.get("method"):
         raise CheckError("the certificate and the report name different methods")
-    for name in ("budget_bytes", "compressed_bytes", "header_bytes"):
+    for name in ("budget_bytes", "compressed_bytes", "header_bytes", "reserved_bytes"):
         natural(certificate[name], f"certificate.{name}")
     if certificate["unit"] not in UNITS or certificate["curvature"] not in CURVATURES:
         unit, curvature = certificate["unit"], certificate["curvature"]
@@ -181,14 +184,19 @@ def _check_same_figures(
 
 
 def check_plan(output: Output) -> str:
-    """One option per group, ties, bits, and the bit budget that the byte budget leaves."""
+    """One option per group, ties, bits, and exactly the bits that the byte budget leaves.
+
+    Headers vary with the plan, so that more may have been reserved for them than it needs; no
+    more than twice, or the bound would speak of plans far below the budget.
+    """
     certificate = certificate_of(output)
     plan = read_plan(certificate["plan"])
-    headers = 8 * certificate["header_bytes"]
-    room = 8 * certificate["budget_bytes"] - headers
-    # Headers vary with the plan, so that a plan may have been made with more set aside for them.
-    if not room - headers <= plan["budget_bits"] <= room:
+    headers, reserved = certificate["header_bytes"], certificate["reserved_bytes"]
+    room = 8 * (certificate["budget_bytes"] - reserved)
+    if plan["budget_bits"] != room:
         raise CheckError(f"budget_bits {plan['budget_bits']} is claimed, the bytes leave {room}")
+    if not headers <= reserved <= 2 * headers:
+        raise CheckError(f"{reserved} bytes are reserved for headers, which take {headers}")
     return check_membership(curves_of(output), plan)
 
 
