@@ -1,0 +1,172 @@
+"""Where zero-shot differences become significant: BLiMP and LAMBADA on small compressed models.
+
+    python benchmarks/zero_shot.py --data DATA [--model NAME] [--methods rtn,gptq] [--bits 2.2,3.2]
+
+Compresses a model by several methods at several sizes, scores all on the same items and compares
+them in pairs (bootstrap over items, inside each of BLiMP's paradigms):
+
+* each compressed model with the original: the size below which the loss is significant;
+* methods with each other at one size: which differences the items can tell;
+* the least number of items from which on a difference stays significant, by cutting the items to
+  a half, a quarter, ... (the first ones of every paradigm).
+
+DATA holds models/, tasks/ and text/. Writes results/zero_shot.json and results/zero_shot.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from convex_caldera.evaluate.bootstrap import paired_bootstrap
+from convex_caldera.evaluate.table import plain_table
+from convex_caldera.workflow.compress import compress_to
+from convex_caldera.workflow.progress import Lines
+from convex_caldera.workflow.settings import make_settings
+from convex_caldera.workflow.zero_shot import TaskOptions, evaluate_tasks
+
+RESULTS = Path(__file__).parent / "results"
+TASKS = ("blimp", "lambada")
+# Nats of the last word of LAMBADA separate models long before its accuracy does.
+FIGURES = (("blimp", "acc"), ("lambada", "acc"), ("lambada", "perplexity"))
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+def main() -> None:
+    options = parsed()
+    with tempfile.TemporaryDirectory() as folder:
+        record = measured(options, Path(folder))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "zero_shot.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "zero_shot.md").write_text(page(record))
+    print(page(record))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="wiki-llama-14m")
+    parser.add_argument("--methods", default="rtn,gptq,quip-sharp")
+    parser.add_argument("--bits", default="2.2,3.2,4.2")
+    parser.add_argument("--limit", type=int, default=40, help="items per paradigm of BLiMP")
+    parser.add_argument("--lambada", type=int, default=600, help="items of LAMBADA")
+    return parser.parse_args()
+
+
+def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Scores with their items, and every paired comparison."""
+    model = str(options.data / "models" / options.model)
+    names = {"original": model}
+    for bits, method in itertools.product(options.bits.split(","), options.methods.split(",")):
+        settings = make_settings(
+            model=model, method=method, bits=float(bits),
+            dataset=str(options.data / "text" / "c4_sample_a.txt"), nsamples=64, seqlen=256,
+        )  # fmt: skip
+        out = folder / f"{method}-{bits}"
+        compress_to(settings, out, progress=Lines())
+        names[f"{method} {bits}"] = str(out)
+    items: dict[str, dict[str, Any]] = {name: {} for name in names}
+    scores: dict[str, Any] = {name: {} for name in names}
+    for task, limit in zip(TASKS, (options.limit, options.lambada), strict=True):
+        wanted = TaskOptions(
+            (task,), (str(options.data / "tasks"),), limit, max_tokens=16_384,
+            text=str(options.data / "text" / "wikipedia_en_2018_valid.txt"),
+        )  # fmt: skip
+        kept = folder / task
+        record = evaluate_tasks(list(names.values()), wanted, output_dir=kept, progress=Lines())
+        label = {path: name for name, path in names.items()}
+        for entry in record["models"]:
+            scores[label[entry["name"]]] |= summary(entry, task)
+        for path in (kept / "parts").glob("*.json"):
+            part = json.loads(path.read_text())
+            if part["part"] == task:
+                items[label[part["model"]]][task] = part["record"]
+    return {
+        "model": options.model,
+        "limit": {"blimp per paradigm": options.limit, "lambada": options.lambada},
+        "models": scores,
+        "with_original": [compared(items, name, "original") for name in list(names)[1:]],
+        "between_methods": [
+            compared(items, f"{a} {bits}", f"{b} {bits}")
+            for bits in options.bits.split(",")
+            for a, b in itertools.combinations(options.methods.split(","), 2)
+        ],
+        "command": "python benchmarks/zero_shot.py --data DATA",
+    }
+
+
+def summary(entry: dict[str, Any], task: str) -> dict[str, Any]:
+    keys = ("bits_per_compressed_weight", "kl", "kl_stderr", "top1_agreement")
+    return {**{key: entry[key] for key in keys}, task: entry["tasks"][task]}
+
+
+def compared(items: dict[str, dict[str, Any]], a: str, b: str) -> dict[str, Any]:
+    """The paired difference a - b in every figure, and from how many items on it is sure."""
+    found: dict[str, Any] = {"a": a, "b": b}
+    for task, metric in FIGURES:
+        first, second = items[a][task], items[b][task]
+        pairs = {}
+        for share in SHARES:
+            rows = first_items(first["parts"], share)
+            x, y = ([record["items"][metric][i] for i in rows] for record in (first, second))
+            pairs[len(rows)] = paired_bootstrap(x, y, [first["parts"][i] for i in rows])
+        sure = []
+        for count, pair in pairs.items():  # from all items down, as long as it stays significant
+            if not pair.significant:
+                break
+            sure.append(count)
+        found[f"{task} {metric}"] = {
+            **pairs[max(pairs)].to_dict(),
+            "significant_from_items": min(sure) if sure else None,
+        }
+    return found
+
+
+def first_items(parts: list[str], share: float) -> list[int]:
+    """The first `share` of the items of every part, at least two."""
+    seen: dict[str, list[int]] = {}
+    for index, part in enumerate(parts):
+        seen.setdefault(part, []).append(index)
+    return sorted(i for rows in seen.values() for i in rows[: max(2, round(share * len(rows)))])
+
+
+def page(record: dict[str, Any]) -> str:
+    """The figures as Markdown with two fixed-width tables."""
+    rows = []
+    for name, score in record["models"].items():
+        blimp, lambada = score["blimp"]["acc"], score["lambada"]
+        rows.append(
+            (
+                name,
+                f"{score['bits_per_compressed_weight']:.3f}",
+                f"{score['kl']:.4f}",
+                f"{100 * blimp['value']:.2f} ± {100 * blimp['stderr']:.2f}",
+                f"{100 * lambada['acc']['value']:.2f} ± {100 * lambada['acc']['stderr']:.2f}",
+                f"{lambada['perplexity']['value']:.1f}",
+            )
+        )
+    headings = ("model", "bits", "KL", "BLiMP, %", "LAMBADA, %", "LAMBADA ppl")
+    lines = [f"# Zero-shot scores of {record['model']}", "", "```"]
+    lines += [plain_table(headings, rows), "```", "", "## Paired differences, a - b", ""]
+    lines += ["`*` marks a 95 % interval without zero; then the least number of items for it.", ""]
+    pairs = [
+        (f"{c['a']} - {c['b']}", *(cell(c[f"{t} {m}"], m) for t, m in FIGURES))
+        for c in [*record["with_original"], *record["between_methods"]]
+    ]
+    titles = ("pair", "BLiMP, points", "LAMBADA, points", "LAMBADA, nats of the last word")
+    return "\n".join([*lines, "```", plain_table(titles, pairs), "```", ""])
+
+
+def cell(pair: dict[str, Any], metric: str) -> str:
+    scale, form = (1.0, "+.3f") if metric == "perplexity" else (100.0, "+.2f")
+    low, high = (format(scale * pair[key], form) for key in ("low", "high"))
+    sure = f" * {pair['significant_from_items']}" if pair["significant"] else ""
+    return f"{scale * pair['difference']:{form}} [{low}, {high}]{sure}"
+
+
+if __name__ == "__main__":
+    main()
