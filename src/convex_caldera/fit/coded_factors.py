@@ -75,7 +75,9 @@ def _balance(left: Tensor, right: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
     """Split singular values evenly and rotate components to equal energy."""
     gram = (right @ H @ right.T).double()
     energy, basis = torch.linalg.eigh(0.5 * (gram + gram.T))
-    share = energy.clamp(min=float(energy[-1]) * 1e-12 + 1e-300) ** 0.25
+    most = float(energy[-1])
+    # where H is zero (inputs that never were anything else) any split will do
+    share = energy.clamp(min=most * 1e-12) ** 0.25 if most > 0 else torch.ones_like(energy)
     left = rotate((left.double() @ basis) * share)
     right = rotate(((basis.T @ right.double()) / share[:, None]).T).T
     return left.to(H.dtype), right.to(H.dtype)
