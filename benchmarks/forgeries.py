@@ -321,6 +321,12 @@ def dual_of_another(f: Forger) -> None:
     a["program"], b["program"] = b["program"], a["program"]
 
 
+def without_curvature(f: Forger) -> None:
+    """A layer said to have had no curvature, so that nobody looks at its codes."""
+    f.report["input_curvature_only"] = [f.layer()]
+    altered_codes(f)
+
+
 def no_certificate(f: Forger) -> None:
     """What cannot be met is left out."""
     (f.output / FOLDER / "certificate.json").unlink()
@@ -444,6 +450,7 @@ DATA: tuple[Callable[[Forger], None], ...] = (
     smaller_program_gap,
     other_program,
     dual_of_another,
+    without_curvature,
 )
 
 

@@ -17,14 +17,17 @@ import numpy as np
 from convex_caldera.certify import plan_claims, surrogate
 from convex_caldera.certify.claims import Claim, Verification
 from convex_caldera.certify.decode_layer import decode
-from convex_caldera.certify.layer_programs import check_layer_program
-from convex_caldera.certify.losses import check_loss, recompute
-from convex_caldera.certify.reader import Layer, Output, check_manifest, read_output
+from convex_caldera.certify.reader import Output, check_manifest, read_output
 from convex_caldera.certify.source import Source, check_rest, check_source, read_source
-from convex_caldera.certify.statistics import Sides, Statistics, read_statistics
-from convex_caldera.certify.tuned import KEY, check_tuned, tuned_layers
-from convex_caldera.certify.waterfilling import check_distance
-from convex_caldera.errors import CheckError, ConvexCalderaError, RecipeError
+from convex_caldera.certify.statistics import Statistics, read_statistics
+from convex_caldera.certify.tuned import KEY, check_tuned
+from convex_caldera.certify.weighted import (
+    check_losses,
+    check_programs,
+    check_statistics,
+    identity,
+)
+from convex_caldera.errors import ConvexCalderaError, RecipeError
 
 Check = tuple[str, Callable[[], str]]
 # What a computation on damaged data can end in. A claim that cannot be evaluated is not proved.
@@ -138,73 +141,19 @@ def _model_checks(output: Output, model: Path, hessians: Path | None) -> Iterato
 
         def open_statistics() -> str:
             statistics.append(read_statistics(hessians, plan_claims.curvature_of(output)))
-            return _check_statistics(output, sources[0], statistics[0])
+            return check_statistics(output, sources[0], statistics[0])
 
         yield "the statistics are those of this model", open_statistics
     yield (
         "every layer has the weighted error that it claims",
-        lambda: _losses(output, sources[0], statistics[0]),
+        lambda: check_losses(output, sources[0], statistics[0]),
     )
     if output.certificate is not None:
         yield (
             "every layer's low-rank program has the gap that it claims",
-            lambda: _programs(output, sources[0], statistics[0]),
+            lambda: check_programs(output, sources[0], statistics[0]),
         )
-
-
-def identity(layer: Layer) -> Sides:
-    """H = I: the plain squared error, of methods that see no data."""
-    return Sides(np.eye(layer.spec.shape[1]))
 
 
 def _decodes(output: Output) -> str:
     return f"{sum(decode(layer).size for layer in output.layers.values())} weights"
-
-
-def _check_statistics(output: Output, source: Source, statistics: Statistics) -> str:
-    if statistics.provenance["model"] != source.fingerprint():
-        raise CheckError("the statistics were collected on another model")
-    return f"{statistics.kind} curvature"
-
-
-def _losses(output: Output, source: Source, statistics: Statistics) -> str:
-    total = worst = 0.0
-    tuned = tuned_layers(output)
-    for name, layer in sorted(output.layers.items()):
-        if name in tuned:
-            continue  # its claimed error is that before tuning, whose values are gone
-        record = output.report["layers"][name]
-        sides = statistics.sides(name, record["input_site"], layer.spec.shape[0])
-        W = source.weight(f"{name}.weight")
-        found = recompute(layer, W, sides)
-        check_loss(name, found, record)
-        if output.certificate is not None:
-            gap = output.certificate["layers"][name]["gap_to_waterfilling_bits"]
-            check_distance(name, W, sides, record["bits"], record["loss"], gap)
-        total += found.loss
-        if found.loss > 0:
-            worst = max(worst, found.tolerance / found.loss)
-    count = f"{len(output.layers) - len(tuned)} layers" + (
-        f" ({len(tuned)} tuned)" if tuned else ""
-    )
-    return f"{count}, sum {total:.6g}, each within {worst:.1e} relative"
-
-
-def _programs(output: Output, source: Source, statistics: Statistics) -> str:
-    certificate = plan_claims.certificate_of(output)
-    curves, price = plan_claims.curves_of(output), certificate["plan"]["price"]
-    gaps, ranks = [], []
-    for name, layer in sorted(output.layers.items()):
-        record = certificate["layers"][name]
-        distortion = float(curves.menus[name][record["label"]][1])
-        paid = price * (record["loss"] / distortion) if distortion > 0 else 0.0
-        site = output.report["layers"][name]["input_site"]
-        H = statistics.sides(name, site, layer.spec.shape[0]).H
-        W = source.weight(f"{name}.weight")
-        found = check_layer_program(name, record["program"], W, H, record["loss"], paid)
-        if found is not None:
-            gaps.append(found.gap)
-            ranks.append(record["program"]["rank"])
-    if not gaps:
-        return "no layer states one: loss or price is zero"
-    return f"{len(gaps)} layers, gaps at most {max(gaps):.1e}, ranks {min(ranks)} to {max(ranks)}"
