@@ -16,9 +16,8 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
-from convex_caldera.workflow.planning import Plan
+from convex_caldera.workflow.planning import Plan, wishes_of
 from convex_caldera.workflow.proposal import Proposal
-from convex_caldera.workflow.settings import Settings
 
 SCHEMA = 1
 UNITS = {
@@ -106,6 +105,7 @@ def _layers(
         problem = fitter.curvatures.problem(site, fitter.weight(site))
         limit = _limit(problem, record["loss"])
         distortion = menus[name].option(integer.choice[name]).distortion
+        factor_bits = wishes_of(job.settings, name).factor_bits
         return {
             "label": integer.choice[name],
             "bits": record["bits"],
@@ -114,7 +114,7 @@ def _layers(
             "relative_loss": record["relative_loss"],
             "held_out_scale": scale.get(name, 1.0),
             "gap_to_waterfilling_bits": None if limit is None else record["bits"] - limit,
-            "program": _program(problem, record["loss"], distortion, integer.price, job.settings),
+            "program": _program(problem, record["loss"], distortion, integer.price, factor_bits),
         }
 
     names = [site.name for site in job.sites]
@@ -135,10 +135,10 @@ def _limit(problem: Problem, loss: float) -> float | None:
 
 
 def _program(
-    problem: Problem, loss: float, distortion: float, price: float, settings: Settings
+    problem: Problem, loss: float, distortion: float, price: float, factor_bits: int
 ) -> dict[str, Any] | None:
     """The low-rank program under the input side of the curvature, at the plan's price."""
     if distortion <= 0:
         return None
     price = price * (loss / distortion)  # from the plan's unit to that of the loss
-    return layer_program(problem.W, problem.hessian.matrix, loss, price, settings.factor_bits)
+    return layer_program(problem.W, problem.hessian.matrix, loss, price, factor_bits)
