@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from convex_caldera.calibrate.curvature_guided import GROUPS
 from convex_caldera.evaluate.table import plain_table
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.skeleton import Skeleton
@@ -34,6 +35,7 @@ class Estimate:
     all_weights: int
     memory: dict[str, int]
     whole_model_in_memory: bool
+    calibration_bytes: int
 
     @property
     def file_bytes(self) -> int:
@@ -54,7 +56,9 @@ class Estimate:
             "budget_bytes": self.plan.budget.compressed_bytes if self.plan.budget else None,
             "peak_memory_bytes": self.peak_memory_bytes,
             "memory": self.memory,
-            "disk_bytes_while_running": self.plan.compressed_bytes + self.file_bytes,
+            "disk_bytes_while_running": self.plan.compressed_bytes
+            + self.file_bytes
+            + self.calibration_bytes,
             "layers": [
                 {
                     "name": name,
@@ -110,13 +114,32 @@ def estimate(settings: Settings) -> Estimate:
         sum(math.prod(shape) for shape in source.checkpoint.shapes().values()),
         _memory(settings, skeleton),
         skeleton.whole_model,
+        _calibration_bytes(settings, skeleton),
     )
+
+
+def _calibration_bytes(settings: Settings, skeleton: Skeleton) -> int:
+    """Bytes of the statistics that wait on disk: triangles, float32 of inputs, else float64."""
+    kind = _kind(settings)
+    if kind == "input":
+        widths = {site.input_site: site.shape[1] for site in skeleton.sites}
+        return sum(2 * n * (n + 1) + 4 * n for n in widths.values())
+    if kind == "kronecker":
+        shapes = [site.shape for site in skeleton.sites]
+        return sum(4 * (m * (m + 1) + n * (n + 1)) for m, n in shapes)
+    if kind == "guided":
+        return sum(4 * GROUPS * s.shape[1] * (s.shape[1] + 1) for s in skeleton.sites)
+    return 0
+
+
+def _kind(settings: Settings) -> str:
+    own = method_named(settings.method).curvature
+    return own if settings.curvature == "auto" else settings.curvature
 
 
 def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
     """Bytes at the peak, by what takes them; each layer is fitted with a few copies of itself."""
-    kind = method_named(settings.method).curvature
-    kind = kind if settings.curvature == "auto" else settings.curvature
+    kind = _kind(settings)
     largest = max((s.shape[0] * s.shape[1] for s in skeleton.sites), default=0)
     widest = max((max(s.shape) for s in skeleton.sites), default=0)
     return {
