@@ -104,6 +104,13 @@ class DoubleScale:
         own = replace(self, inner=inner.quantizer)
         return FittedDoubleScale(own, shape, codes, steps, offset, grid, inner)
 
+    def divided(self, W: Tensor) -> Tensor:
+        """What the inner quantizer sees of W: every weight over its group's scale, as stored."""
+        shape = (W.shape[0], W.shape[1])
+        groups = Groups(shape, self.group_size)
+        grid = self._grid(shape, *self._quantized(groups.split(W.float()).abs().amax(-1)))
+        return _divided(W.float(), groups.spread(grid, 0, shape[1]))
+
     @property
     def borrows(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Tensors that `restore` needs and another layer stores."""

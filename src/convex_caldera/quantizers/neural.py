@@ -80,7 +80,7 @@ class Neural:
     epochs: int = 10
     rate: float = 2e-3
     seed: int = 1
-    refinements: int = 8
+    refinements: int = 4
 
     kind: ClassVar[str] = "neural"
 

@@ -6,7 +6,7 @@ recipes ordered by stored size, and any budget between two rungs is met by mixin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,8 @@ class Method:
     """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n).
 
     `curvature` is what its rounding is meant to see; `allocates` says that bits and ranks are
-    decided together for the whole model instead of uniformly.
+    decided together for the whole model instead of uniformly. `share` lets layers share what is
+    trained for several of them, given all recipes and the options of `Wishes.neural`.
     """
 
     name: str
@@ -63,3 +64,4 @@ class Method:
     ladder: Callable[[Shape, Wishes], tuple[Recipe, ...]]
     curvature: Literal["none", "input", "kronecker"] = "input"
     allocates: bool = False
+    share: Callable[[Mapping[str, Recipe], tuple[str, ...]], dict[str, Recipe]] | None = None

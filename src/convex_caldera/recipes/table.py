@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from convex_caldera.errors import RecipeError
+from convex_caldera.recipes.autoencoder import reallm_ae_ladder, share_decoders
 from convex_caldera.recipes.convex import convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.ladder import Method
 from convex_caldera.recipes.lattice import caldera_ladder, quip_sharp_ladder
@@ -70,6 +71,14 @@ METHODS: dict[str, Method] = {
         "scales, fitted in alternation; columns may be sorted by strips.",
         "Leconte et al., ReALLM, arXiv 2405.13155",
         reallm_vq_ladder,
+    ),
+    "reallm-ae": Method(
+        "reallm-ae",
+        "A low-rank term beside an autoencoder: patches as small embeddings, and a neural decoder "
+        "on few bits that the layers share.",
+        "Leconte et al., ReALLM, arXiv 2405.13155; Chen et al., HNeRV, arXiv 2304.02633",
+        reallm_ae_ladder,
+        share=share_decoders,
     ),
     "no-lqer": Method(
         "no-lqer",

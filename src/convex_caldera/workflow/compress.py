@@ -30,6 +30,7 @@ from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import Allocator
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS, gather
+from convex_caldera.workflow.decoders import with_decoders
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
@@ -220,6 +221,14 @@ def fit_all(
     if job.method.allocates:
         return *Allocator(job, fitter, run, progress, workers).run_all(), curvatures.notes()
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
+    recipes = plan.recipes
+    if job.method.share is not None:
+        if job.settings.targets == "drift-corrected":
+            raise RecipeError(
+                f"{job.method.name} trains decoders for several layers at once; it cannot correct "
+                "for the drift of those before them"
+            )
+        recipes = with_decoders(job, fitter, plan.recipes, run, progress)
     if job.settings.targets == "drift-corrected":
         in_order(job, fitter, plan.recipes, workers).run(run, progress)
         return plan, None, curvatures.notes()
@@ -227,7 +236,7 @@ def fit_all(
     progress.start("layers", len(missing))
 
     def work(site: Site) -> Any:
-        return fitter.fit(site, plan.recipes[site.name])
+        return fitter.fit(site, recipes[site.name])
 
     for site, fit in side_by_side(work, missing, workers):
         run.put(site.name, fit.layer, fitter.record(site, plan.recipes[site.name], fit))

@@ -134,6 +134,7 @@ def fixed_budget(settings: Settings, sites: Sequence[NamedMatrix], method: Metho
     if any(len(ladder) != 1 for ladder in ladders.values()):
         return None
     recipes = {name: ladder[0] for name, ladder in ladders.items()}
+    recipes = method.share(recipes, settings.neural) if method.share else recipes
     size = planned_bytes(recipes, {site.name: site.shape for site in sites})
     return Budget(size, "the formats given")
 
@@ -272,7 +273,8 @@ def uniform_plan(
     ]
 
     def recipes(choice: Mapping[str, int]) -> dict[str, Recipe]:
-        return {name: ladders[name][rung] for name, rung in choice.items()}
+        alone = {name: ladders[name][choice[name]] for name in ladders}
+        return method.share(alone, settings.neural) if method.share else alone
 
     def measure(choice: Mapping[str, int]) -> int:
         return planned_bytes(recipes(choice), shapes)
