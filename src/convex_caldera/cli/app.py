@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from convex_caldera.cli import compressing, measuring, reading, tuning
+from convex_caldera.cli import compressing, measuring, reading, staging, tuning
 from convex_caldera.errors import ConvexCalderaError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 compressing.add_commands(app)
 reading.add_commands(app)
+staging.add_commands(app)
 measuring.add_commands(app)
 tuning.add_commands(app)
 
