@@ -46,8 +46,7 @@ def certificate(
             "loss": 1.0,
             "relative_loss": 0.01,
             "gap_to_waterfilling_bits": 0.2 + 0.01 * i,
-            "predicted_kl": 0.001 * (1 + i),
-            "measured_kl": 0.0011 * (1 + i),
+            "program": {"gap": 1e-6 * (1 + i)},
         }
         for i, name in enumerate(names)
     }
@@ -97,7 +96,24 @@ def files(
         top = [4.0, 2.0, 1.0, 0.5]
         found["spectra.json"] = {
             "schema": 1,
-            "spectra": {name: {"weight": top, "whitened": top, "residual": top} for name in names},
+            "spectra": {
+                name: {"weight": top, "whitened": top, "residual": top}
+                | {"ranks": [0, 1, 2, 4], "loss_left": [1.0, 0.3, 0.1, 0.0]}
+                for name in names
+            },
+        }
+        found["measured.json"] = {
+            "schema": 1,
+            "measured": {
+                "text": "held-out.txt",
+                "total_kl": 0.03,
+                "total_kl_stderr": 0.001,
+                "layers": {
+                    name: {"kl": 0.0011 * (1 + i), "kl_stderr": None}
+                    for i, name in enumerate(names)
+                },
+                "protocol": {"tokens": 640, "window": 64, "stride": 64, "bos": True},
+            },
         }
         found["landscape.json"] = {
             "schema": 1,

@@ -60,10 +60,11 @@ def report(tmp_path_factory):
     for name in ("report.json", "certificate.json"):
         contents[name]["method"] = HOSTILE
     certificate = contents["certificate.json"]
-    certificate |= {"statement": HOSTILE, "unit": HOSTILE, "curvature": HOSTILE}
+    certificate |= {"statement": HOSTILE, "unit": HOSTILE + " nats", "curvature": HOSTILE}
     certificate["surrogate"] = {HOSTILE: HOSTILE}
     certificate["layers"][names[-1]]["label"] = HOSTILE
     contents["report.json"]["budget"] = HOSTILE
+    contents["measured.json"]["measured"]["text"] = HOSTILE
     contents["landscape.json"]["landscape"]["title"] = HOSTILE
     contents["provenance.json"] = {
         "versions": {HOSTILE: HOSTILE},
@@ -94,6 +95,8 @@ def test_every_file_named_is_there(report):
         "1-b-a-b-price_curve",
         "1-b-a-b-gap_by_layer",
         "1-b-a-b-predicted_vs_measured",
+        "1-b-a-b-program_gap_by_layer",
+        "1-b-a-b-loss_left_by_rank",
         "1-b-a-b-singular_values",
         "1-b-a-b-heatmap_error_rank_bits",
         "1-b-a-b-loss_vs_rank",

@@ -16,6 +16,7 @@ from convex_caldera.report.plots.by_layer import draw_by_layer
 from convex_caldera.report.plots.byte_bars import draw_byte_bars
 from convex_caldera.report.plots.calibration import draw_calibration, rank_correlation
 from convex_caldera.report.plots.layer_map import draw_layer_map
+from convex_caldera.report.plots.loss_left import draw_loss_left
 from convex_caldera.report.plots.loss_rank import draw_loss_rank
 from convex_caldera.report.plots.price import draw_price
 from convex_caldera.report.plots.quality import Quality, draw_quality
@@ -37,6 +38,12 @@ FIGURES = {
         log=True,
     ),
     "loss_rank": lambda: draw_loss_rank({HOSTILE: [(0, 0.1), (4, 0.0)], "b": []}),
+    "loss_left": lambda: draw_loss_left(
+        {HOSTILE: [((0, 1, 2), (1.0, 0.2, 0.0)), ((0, 1), (1.0, 0.0))], "b": [((), ())]},
+        chosen={HOSTILE: [0.0, 1.0]},
+    ),
+    "loss_left_empty": lambda: draw_loss_left({}),
+    "spectra_some": lambda: draw_spectra({"a": [[3.0, 1.0]]}, index=[[1, 9]]),
     "spectra": lambda: draw_spectra({HOSTILE: [[3.0, 1.0, 0.0], [0.0]]}, names=[HOSTILE, "b"]),
     "price": lambda: draw_price(
         [2, 3, 4], [0.3, 0.1, 0.05], [0.2, 0.05, 0.0], plan=(3, 0.1, 0.1), budget=3, unit=HOSTILE

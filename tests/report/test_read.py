@@ -35,15 +35,14 @@ def test_certificate_numbers_are_those_of_the_file(tmp_path):
     assert (c.bound, c.distortion, c.price) == (plan["bound"], plan["distortion"], plan["price"])
     assert (c.groups, c.options) == (len(making.NAMES), 3 * len(making.NAMES))
     assert c.frontier[0].bits == 2 * making.WEIGHTS * len(making.NAMES)
-    by_name = {layer.name: layer.predicted_kl for layer in run.layers}
-    assert by_name[making.NAMES[0]] == 0.001
+    by_name = {layer.name: layer for layer in run.layers}
+    assert by_name[making.NAMES[1]].predicted_kl == c.losses[making.NAMES[1]]
+    assert by_name[making.NAMES[1]].program_gap == 2e-6
 
 
 def test_prediction_is_that_of_the_chosen_option(tmp_path):
     contents = making.files()
     record = contents["certificate.json"]
-    for layer in record["layers"].values():
-        del layer["predicted_kl"]
     run = read_run(making.write_run(tmp_path / "nats", contents))
     total = sum(layer.predicted_kl for layer in run.layers)
     assert total == pytest.approx(record["plan"]["distortion"], rel=1e-12)
@@ -51,6 +50,16 @@ def test_prediction_is_that_of_the_chosen_option(tmp_path):
     record["unit"] = "relative"  # not the model's KL, so not shown as such
     run = read_run(making.write_run(tmp_path / "relative", contents))
     assert {layer.predicted_kl for layer in run.layers} == {None}
+
+
+def test_measurements_stand_beside_the_predictions(tmp_path):
+    run = read_run(making.write_run(tmp_path / "out"))
+    assert run.measured.kl == 0.03
+    assert run.measured.tokens == 640
+    measured = {layer.name: layer.measured_kl for layer in run.layers}
+    assert measured[making.NAMES[1]] == 0.0022
+    assert run.spectra[0].index == (1, 2, 3, 4)
+    assert run.spectra[0].loss_left == (1.0, 0.3, 0.1, 0.0)
 
 
 MUTATIONS = {
@@ -67,7 +76,11 @@ MUTATIONS = {
     "curve key": ("certificate.json", ("curves", "extra"), 1),
     "choice": ("certificate.json", ("plan", "choice", making.NAMES[0]), "9b"),
     "statement": ("certificate.json", ("statement",), 3),
-    "measured": ("certificate.json", ("layers", making.NAMES[0], "measured_kl"), [1]),
+    "program": ("certificate.json", ("layers", making.NAMES[0], "program"), {"gap": "x"}),
+    "measured": ("measured.json", ("measured", "layers", making.NAMES[0], "kl"), [1]),
+    "measured total": ("measured.json", ("measured", "total_kl"), None),
+    "spectra index": ("spectra.json", ("spectra", making.NAMES[0], "index"), [1, 3, 2, 4]),
+    "spectra ranks": ("spectra.json", ("spectra", making.NAMES[0], "ranks"), [0]),
     "spectra": ("spectra.json", ("spectra", making.NAMES[0], "weight"), [1, "x"]),
     "spectra negative": ("spectra.json", ("spectra", making.NAMES[0], "weight"), [1, -1]),
     "landscape": ("landscape.json", ("landscape", "relative_error"), [[1, 2]]),

@@ -19,6 +19,7 @@ from convex_caldera.report.plots.by_layer import draw_by_layer
 from convex_caldera.report.plots.byte_bars import draw_byte_bars
 from convex_caldera.report.plots.calibration import draw_calibration
 from convex_caldera.report.plots.layer_map import draw_layer_map
+from convex_caldera.report.plots.loss_left import draw_loss_left
 from convex_caldera.report.plots.loss_rank import draw_loss_rank
 from convex_caldera.report.plots.price import draw_price
 from convex_caldera.report.plots.quality import Quality, draw_quality
@@ -30,6 +31,7 @@ from convex_caldera.report.run import EvaluationFile, LayerRow, Run, Score
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PROGRAM_GAP = 1e-6  # the relative gap that a layer's program is solved to
 OUTSIDE = "–"  # column of layers that are in no block
 SPECTRUM_TITLES = {
     "weight": "weight W",
@@ -97,7 +99,7 @@ def run_pictures(run: Run) -> Iterator[Picture]:
     if len({layer.rank for layer in run.layers}) > 1:
         yield Picture(
             "loss_vs_rank",
-            "Loss versus rank",
+            "Loss and rank of every layer",
             "One point per layer; kinds of equal rank stand side by side.",
             "",
             partial(draw_loss_rank, _by_kind(run, lambda r: r.rank, lambda r: r.relative_loss)),
@@ -163,14 +165,27 @@ def _certificate_pictures(run: Run) -> Iterator[Picture]:
             quantity="gap (bits per weight)",
             limit=(0.0, "reverse water-filling"),
         )
+    if any(layer.program_gap is not None for layer in run.layers):
+        yield _by_layer(
+            run,
+            "program_gap_by_layer",
+            "Duality gap of every layer's low-rank program",
+            "(primal − dual) / primal of the convex program that decides the rank, both values "
+            "enclosed by the certificate. It bounds how far from optimal that relaxation is "
+            "solved, and says nothing about the plan.",
+            lambda layer: layer.program_gap,
+            quantity="relative gap",
+            log=True,
+            limit=(PROGRAM_GAP, f"{PROGRAM_GAP:g}"),
+        )
     both = [r for r in run.layers if r.predicted_kl is not None and r.measured_kl is not None]
     if both:
         short = short_kinds({layer.place.kind for layer in both})
         yield Picture(
             "predicted_vs_measured",
             "Predicted beside measured loss",
-            "Each layer compressed alone. On the dashed line the prediction is exact; the grey "
-            "band is a factor of 0.7 to 1.4.",
+            "Each layer compressed alone, all others original. On the dashed line the prediction "
+            f"is exact; the grey band is a factor of 0.7 to 1.4.{_measured_on(run)}",
             "",
             partial(
                 draw_calibration,
@@ -184,7 +199,7 @@ def _certificate_pictures(run: Run) -> Iterator[Picture]:
 def _measurement_pictures(run: Run) -> Iterator[Picture]:
     if run.spectra:
         panels = {
-            title: [s.values[key] for s in run.spectra if key in s.values]
+            title: [s.values.get(key, ()) for s in run.spectra]
             for key, title in SPECTRUM_TITLES.items()
             if any(key in s.values for s in run.spectra)
         }
@@ -194,8 +209,14 @@ def _measurement_pictures(run: Run) -> Iterator[Picture]:
             "One line per layer, dark for the first, light for the last. Low rank pays where a "
             "line falls steeply at the left.",
             "",
-            partial(draw_spectra, panels, names=[s.name for s in run.spectra]),
+            partial(
+                draw_spectra,
+                panels,
+                names=[s.name for s in run.spectra],
+                index=[s.index for s in run.spectra],
+            ),
         )
+        yield from _loss_left(run)
     if run.landscape is not None:
         land = run.landscape
         stored = None if land.stored_bits is None else np.array(land.stored_bits)
@@ -212,6 +233,27 @@ def _measurement_pictures(run: Run) -> Iterator[Picture]:
                 land.bits,
                 quantity="relative error",
                 stored_bits=stored,
+            ),
+        )
+
+
+def _loss_left(run: Run) -> Iterator[Picture]:
+    short = short_kinds({spectra.place.kind for spectra in run.spectra})
+    curves: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = defaultdict(list)
+    for spectra in run.spectra:
+        if spectra.ranks:
+            curves[short[spectra.place.kind]].append((spectra.ranks, spectra.loss_left))
+    if curves:
+        chosen = _by_kind(run, lambda layer: layer.rank, lambda layer: float(layer.rank))
+        yield Picture(
+            "loss_left_by_rank",
+            "Loss versus rank",
+            "Share of the weighted energy of W that the best factors of each rank leave: the "
+            "median of each kind of matrix, and a band over its layers. Ticks at the foot are "
+            "ranks that were chosen. Codes quantize what is left.",
+            "",
+            partial(
+                draw_loss_left, curves, chosen={k: [r for r, _ in v] for k, v in chosen.items()}
             ),
         )
 
@@ -252,6 +294,11 @@ def _quality_pictures(
                 f"eval-{e + 1}",
                 partial(draw_quality, points, quantity=quantity, original=original, log=log),
             )
+
+
+def _measured_on(run: Run) -> str:
+    m = run.measured
+    return "" if m is None or not m.text else f" Measured on {m.tokens:,} tokens of {m.text}."
 
 
 def _by_layer(

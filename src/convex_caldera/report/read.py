@@ -1,10 +1,14 @@
 """Read what a run directory and its evaluations offer; absent is None, malformed is an error.
 
 A directory offers `convex_caldera/{report,provenance,manifest}.json` and `recipe.toml`; methods
-with a plan also `certificate.json`. Two optional measurements, in that folder or beside it:
+with a plan also `certificate.json`. Three optional measurements, in that folder (where
+`convex-caldera measure` writes the first two) or beside it:
 
     spectra.json    {"schema": 1, "spectra": {layer: {"weight": [...], "whitened": [...],
-                     "residual": [...]}}}      singular values, largest first
+                     "residual": [...], "index": [...], "ranks": [...], "loss_left": [...]}}}
+                     singular values, largest first; `index` says which, all unless given
+    measured.json   {"schema": 1, "measured": {"text": "...", "total_kl": x, "total_kl_stderr": y,
+                     "layers": {layer: {"kl": x, "kl_stderr": y}}, "protocol": {"tokens": n}}}
     landscape.json  {"schema": 1, "landscape": {"ranks": [...], "bits": [...],
                      "relative_error": [[...]], "stored_bits": [[...]], "title": "..."}}
 """
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ from convex_caldera.report.run import (
     FileSizes,
     Landscape,
     LayerRow,
+    MeasuredLoss,
     Run,
     Score,
     Spectra,
@@ -36,7 +42,7 @@ from convex_caldera.storage.read import open_container
 from convex_caldera.storage.source import INDEX
 
 SPECTRA = ("weight", "whitened", "residual")
-LAYER_EXTRAS = ("gap_to_waterfilling_bits", "predicted_kl", "measured_kl")
+MEASUREMENTS = ("spectra", "landscape", "measured")
 
 
 def read_run(directory: Path) -> Run:
@@ -79,9 +85,9 @@ def read_run(directory: Path) -> Run:
         seconds=report.number_or_none("seconds"),
         peak_memory_bytes=report.count_or_none("peak_memory_bytes"),
     )
-    for name in ("spectra.json", "landscape.json"):
-        if (folder / name).exists():
-            run = with_measurement(run, load(name))
+    for name in MEASUREMENTS:
+        if (folder / f"{name}.json").exists():
+            run = with_measurement(run, load(f"{name}.json"))
     return run
 
 
@@ -90,8 +96,8 @@ def read_inputs(
 ) -> tuple[list[Run], list[EvaluationFile]]:
     """Directories and the JSON files given beside them, told apart by what they hold.
 
-    A file with `models` (or `eval`, as `demo` writes) is an evaluation; one with `spectra` or
-    `landscape` belongs to the first directory.
+    A file with `models` (or `eval`, as `demo` writes) is an evaluation; one with `spectra`,
+    `landscape` or `measured` belongs to the first directory.
 
     Raises:
         FormatError: a file is none of these, or malformed.
@@ -103,7 +109,7 @@ def read_inputs(
         table = table.table("eval") if "eval" in table.record else table
         if "models" in table.record:
             evaluations.append(evaluation_from(table))
-        elif runs and {"spectra", "landscape"} & set(table.record):
+        elif runs and set(MEASUREMENTS) & set(table.record):
             runs[0] = with_measurement(runs[0], table)
         else:
             raise FormatError(
@@ -127,13 +133,34 @@ def evaluation_from(table: Table) -> EvaluationFile:
 
 
 def with_measurement(run: Run, table: Table) -> Run:
-    """The run with the spectra and landscape of a measurement file added."""
+    """The run with what a measurement file holds added."""
     if "spectra" in table.record:
         layers = table.table("spectra")
         run = replace(run, spectra=tuple(_spectra(layers, n) for n in _ordered(layers.record)))
     if "landscape" in table.record:
         run = replace(run, landscape=_landscape(table.table("landscape")))
+    if "measured" in table.record:
+        run = _with_measured(run, table.table("measured"))
     return run
+
+
+def _with_measured(run: Run, table: Table) -> Run:
+    """KLs beside the predictions; layers that were not measured stay without."""
+    layers = table.table("layers")
+    total = MeasuredLoss(
+        table.text("text", ""),
+        table.number("total_kl"),
+        table.number_or_none("total_kl_stderr"),
+        table.table("protocol").count("tokens"),
+    )
+    rows = []
+    for row in run.layers:
+        if row.name in layers.record:
+            own = layers.table(row.name)
+            kl, stderr = own.number("kl"), own.number_or_none("kl_stderr")
+            row = replace(row, measured_kl=kl, measured_kl_stderr=stderr)
+        rows.append(row)
+    return replace(run, layers=tuple(rows), measured=total)
 
 
 def _layers(
@@ -148,7 +175,7 @@ def _layers(
         row = _layer(name, layers.table(name))
         if extras is not None and name in extras.record:
             row = _with_extras(row, extras.table(name))
-        if certificate is not None and certificate.in_nats and row.predicted_kl is None:
+        if certificate is not None and certificate.in_nats:
             row = replace(row, predicted_kl=certificate.losses.get(name))
         rows.append(row)
     return tuple(rows)
@@ -168,13 +195,12 @@ def _layer(name: str, table: Table) -> LayerRow:
 
 
 def _with_extras(row: LayerRow, table: Table) -> LayerRow:
-    gap, predicted, measured = (table.number_or_none(key) for key in LAYER_EXTRAS)
+    program = table.table_or_none("program")
     return replace(
         row,
         label=table.text("label", ""),
-        gap_bits=gap,
-        predicted_kl=predicted,
-        measured_kl=measured,
+        gap_bits=table.number_or_none("gap_to_waterfilling_bits"),
+        program_gap=None if program is None else program.number("gap"),
     )
 
 
@@ -222,7 +248,18 @@ def _spectra(layers: Table, name: str) -> Spectra:
     values = {key: table.numbers(key) for key in SPECTRA if key in table.record}
     if not values or any(not v or min(v) < 0 for v in values.values()):
         raise layers.wrong(name, "lists of singular values >= 0 under weight, whitened, residual")
-    return Spectra(name, place_of(name), values)
+    most = max(len(v) for v in values.values())
+    index = table.numbers("index") if "index" in table.record else tuple(range(1, most + 1))
+    if any(a >= b for a, b in pairwise(index)) or min(len(v) for v in values.values()) != len(
+        index
+    ):
+        raise layers.wrong(name, "an index that rises, one per singular value")
+    ranks, left = (
+        table.numbers(key) if key in table.record else () for key in ("ranks", "loss_left")
+    )
+    if len(ranks) != len(left):
+        raise layers.wrong(name, "as many ranks as entries of loss_left")
+    return Spectra(name, place_of(name), tuple(index), values, tuple(ranks), tuple(left))
 
 
 def _landscape(table: Table) -> Landscape:

@@ -142,6 +142,7 @@ def layer_rows(run: Run) -> Rows:
         "rank",
         "relative loss",
         "gap to limit, bits",
+        "gap of its program",
         "predicted KL, nats",
         "measured KL, nats",
     )
@@ -179,6 +180,7 @@ def _layer_cells(layer: LayerRow) -> tuple[str, ...]:
         str(layer.rank),
         significant(layer.relative_loss),
         fixed(layer.gap_bits, 3),
+        MISSING if layer.program_gap is None else f"{layer.program_gap:.1e}",
         significant(layer.predicted_kl),
         significant(layer.measured_kl),
     )

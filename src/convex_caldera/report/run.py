@@ -20,7 +20,8 @@ class LayerRow:
     `bits` are stored bits per original weight without the shard's header; `loss` is
     tr(E H E^T), `relative_loss` the same over tr(W H W^T). What follows `stored_bytes` comes
     from the certificate: the option chosen, the distance in bits from the reverse-waterfilling
-    limit, and the KL in nats per token of this layer alone, predicted and measured.
+    limit, the relative duality gap of the layer's low-rank program, and the KL in nats per token
+    of this layer alone, predicted; measured, if `convex-caldera measure` has run.
     """
 
     name: str
@@ -33,8 +34,10 @@ class LayerRow:
     stored_bytes: int
     label: str | None = None
     gap_bits: float | None = None
+    program_gap: float | None = None
     predicted_kl: float | None = None
     measured_kl: float | None = None
+    measured_kl_stderr: float | None = None
 
     @property
     def weights(self) -> int:
@@ -100,11 +103,28 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Spectra:
-    """Singular values of one layer, largest first: W, W C with C C^T = H, and (W - W^) C."""
+    """Singular values of one layer, largest first: W, W C with C C^T = H, and (W - W^) C.
+
+    `index` says which of them, from 1, the same for all three. `loss_left` is the share of
+    tr(W H W^T) that the best factors of each of the `ranks` leave; both may be empty.
+    """
 
     name: str
     place: Place
+    index: tuple[float, ...]
     values: dict[str, tuple[float, ...]]
+    ranks: tuple[float, ...] = ()
+    loss_left: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """KL of the whole model in nats per token, on which text, and over how many tokens."""
+
+    text: str
+    kl: float
+    kl_stderr: float | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,7 @@ class Run:
     files: int
     spectra: tuple[Spectra, ...] = ()
     landscape: Landscape | None = None
+    measured: MeasuredLoss | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
 

@@ -97,7 +97,7 @@ def measured_words(run: Run, evaluations: Sequence[EvaluationFile]) -> list[str]
     """The predicted loss beside the KL that was measured, one sentence per evaluation."""
     if run.certificate is None or not run.certificate.in_nats:
         return []
-    lines = []
+    lines = _single_words(run)
     mine = next((e for e in entries([run], evaluations) if e.run is run), None)
     for evaluation, score in zip(evaluations, mine.scores if mine else (), strict=True):
         if score is None:
@@ -106,6 +106,23 @@ def measured_words(run: Run, evaluations: Sequence[EvaluationFile]) -> list[str]
         ratio = f" ({score.kl / predicted:.2f} times)" if predicted > 0 else ""
         text = f" on {evaluation.text}" if evaluation.text else ""
         lines.append(f"Predicted {predicted:.4g}, measured{text} {score.kl:.4g}{ratio}.")
+    return lines
+
+
+def _single_words(run: Run) -> list[str]:
+    """What `measure` found: the whole model, and whether losses of single layers add up."""
+    m, layers = run.measured, [row for row in run.layers if row.measured_kl is not None]
+    if m is None or run.certificate is None:
+        return []
+    predicted = run.certificate.distortion
+    ratio = f" ({m.kl / predicted:.2f} times)" if predicted > 0 else ""
+    text = f" on {m.tokens:,} tokens of {m.text}" if m.text else ""
+    lines = [f"Predicted {predicted:.4g}, measured{text} {m.kl:.4g}{ratio}."]
+    if len(layers) == len(run.layers):
+        total = sum(row.measured_kl or 0.0 for row in layers)
+        lines.append(
+            f"Each layer compressed alone loses {total:.4g} in sum, all of them at once {m.kl:.4g}."
+        )
     return lines
 
 
@@ -122,6 +139,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
             )
         )
     found.append(("The table of layers", f"convex-caldera inspect {out}"))
+    if run.spectra or run.measured is not None:
+        found.append(("Spectra and the KL of every layer", f"convex-caldera measure {out}"))
     found.append(
         (
             "Make the same directory again, byte for byte",

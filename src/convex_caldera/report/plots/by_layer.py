@@ -47,7 +47,8 @@ def draw_by_layer(
                 look = {**look, "linestyle": "none", "markersize": 3.5}
             axes.plot(x, y, label=label(name, 28), linewidth=0.9, **look)
         if log:
-            log_scale(axes, "y", [value for _, value in everything])
+            ends = [] if limit is None else [limit[0]]
+            log_scale(axes, "y", [value for _, value in everything] + ends)
         if limit is not None:
             axes.axhline(limit[0], color="black", linewidth=1)
             axes.annotate(

@@ -60,9 +60,12 @@ def draw_layer_map(
         shown = range(0, len(columns), step)
         axes.set_xticks([i + 0.5 for i in shown], [label(columns[i], 12) for i in shown])
         axes.set_xlabel(axis_label(column_label))
-        figure.colorbar(
+        bar = figure.colorbar(
             mesh, ax=axes, label=axis_label(quantity), pad=0.015, fraction=0.05, aspect=14
         )
+        if number_format == ".0f":
+            bar.ax.yaxis.get_major_locator().set_params(integer=True)
+            bar.update_ticks()
         if len(columns) <= MOST_NUMBERED_COLUMNS:
             _write_numbers(axes, values, low, high, number_format)
     return figure

@@ -29,6 +29,7 @@ def draw_spectra(
     panels: Mapping[str, Sequence[Sequence[float]]],
     *,
     names: Sequence[str] | None = None,
+    index: Sequence[Sequence[float]] | None = None,
     relative: bool = True,
 ) -> Figure:
     """One panel per kind of spectrum, one line per layer, dark for early layers, light for late.
@@ -36,6 +37,7 @@ def draw_spectra(
     Args:
         panels: title -> singular values of every layer, largest first.
         names: of the layers; a legend is drawn for up to six.
+        index: of the layers: which singular values these are, from 1; all unless given.
         relative: divide by the largest value of the same spectrum, and the index by its length,
             so that layers of different size can be compared.
     """
@@ -49,7 +51,7 @@ def draw_spectra(
         colours = colormaps[SEQUENTIAL]
         for panel, (title, spectra) in zip(axes, panels.items(), strict=True):
             for i, values in enumerate(spectra):
-                x, y = _line(values, relative)
+                x, y = _line(values, relative, None if index is None else index[i])
                 shade = colours(0.05 + 0.8 * i / max(1, len(spectra) - 1))
                 name = label(names[i], 30) if names is not None and i < len(names) else None
                 dash = ("-", "--", "-.", ":")[i % 4] if len(spectra) <= 8 else "-"
@@ -87,11 +89,14 @@ def draw_comparison(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figu
     return figure
 
 
-def _line(values: Sequence[float], relative: bool) -> tuple[np.ndarray, np.ndarray]:
+def _line(
+    values: Sequence[float], relative: bool, index: Sequence[float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     y = np.asarray(values, dtype=np.float64)
-    x = np.arange(1, y.size + 1, dtype=np.float64)
+    x = np.arange(1, y.size + 1) if index is None else np.asarray(index)
+    x = x.astype(np.float64)
     top = y.max(initial=0.0)
     keep = y > FLOOR * top
     if relative and top > 0:
-        x, y = x / y.size, y / top
+        x, y = x / x[-1], y / top
     return x[keep], y[keep]
