@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from convex_caldera.coding import Rans
 from convex_caldera.core.problem import Problem
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.backfit import fit_layer
+from convex_caldera.quantizers.clipped_uniform import ClippedUniform
 from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.ecsq import ECSQ
+from convex_caldera.quantizers.ecvq import ECVQ
 from convex_caldera.quantizers.kmeans import KMeans
+from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
@@ -28,6 +33,13 @@ from convex_caldera.recipes.lqer import (
 from convex_caldera.recipes.reallm import reallm_vq_recipe
 from convex_caldera.recipes.records import from_record, from_toml, recipe_hash, to_record, to_toml
 from convex_caldera.recipes.scalar import normal_float_recipe, uniform_recipe
+from convex_caldera.recipes.scl import (
+    ecsq_recipe,
+    ecvq_recipe,
+    lloyd_max_recipe,
+    scalar_uniform_recipe,
+    vector_vq_recipe,
+)
 from convex_caldera.recipes.table import METHODS, method
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.transforms.hadamard import RandomizedHadamard
@@ -73,6 +85,20 @@ HAND_BUILT = {
             sweeps=6,
         ),
     ),
+    "scl-scalar-uniform": (
+        scalar_uniform_recipe(8),
+        Recipe((Quantize(ClippedUniform(8), "diagonal"),)),
+    ),
+    "scl-lloyd-max": (
+        lloyd_max_recipe(4, 0),
+        Recipe((Quantize(LloydMax(4, 0), "diagonal"),)),
+    ),
+    "scl-vector-vq": (
+        vector_vq_recipe(),
+        Recipe((Quantize(KMeans(2.0, dim=4), "diagonal"),)),
+    ),
+    "scl-ecsq": (ecsq_recipe(2.5), Recipe((Quantize(ECSQ(2.5), "full", coder=Rans(6)),))),
+    "scl-ecvq": (ecvq_recipe(1.5), Recipe((Quantize(ECVQ(1.5, 2), "full", coder=Rans(5)),))),
     "no-lqer": (
         no_lqer_recipe(MXINT4),
         Recipe((Quantize(MXINT4, "identity"),), damping=0.0),

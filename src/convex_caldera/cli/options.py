@@ -32,7 +32,7 @@ FactorBits = Annotated[
     int | None, typer.Option("--factor-bits", help="Bits of its factors: 2, 3, 4 or 16.")
 ]
 GroupSize = Annotated[
-    int | None, typer.Option("--group-size", help="Weights that share a scale; 0 is a whole row.")
+    int | None, typer.Option("--group-size", help="Weights that share a scale; 0: a row, -1: all.")
 ]
 Format = Annotated[
     str | None,
@@ -63,6 +63,29 @@ Order = Annotated[
 Neural = Annotated[
     list[str] | None,
     typer.Option("--neural", help="Option name=value of an autoencoder. May be repeated."),
+]
+CodeBits = Annotated[
+    int | None,
+    typer.Option("--code-bits", help="Bits of one code, of a weight or block; instead of --bits."),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option("--block-size", "--block_size", help="Weights of a coded block: 1, 2, 4 or 8."),
+]
+NumIters = Annotated[
+    int | None,
+    typer.Option("--num-iters", "--num_iters", help="Iterations of fitting a codebook."),
+]
+SampleSize = Annotated[
+    int | None,
+    typer.Option("--sample-size", "--sample_size", help="Weights or blocks that it is fitted to."),
+]
+ClipRatio = Annotated[
+    float | None,
+    typer.Option("--clip-ratio", "--clip_ratio", help="Part of the weights inside the range."),
+]
+Coder = Annotated[
+    str | None, typer.Option("--coder", help="Entropy coding of the codes: huffman or rans.")
 ]
 Dataset = Annotated[
     str | None,

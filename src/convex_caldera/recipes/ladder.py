@@ -28,6 +28,10 @@ class Wishes:
         format, factor_format: names of number formats (`recipes.formats`), for methods that take
             any scalar format.
         bucket, latent, order: vector length, kind of latent code and order of columns (ReALLM).
+        code_bits: bits of one code, that of a weight or of a block of them.
+        block_size: columns of a coded block (vector quantization).
+        num_iters, sample_size: of fitting a codebook.
+        clip_ratio: part of the weights that a uniform range covers.
         neural: options of an autoencoder, each "name=value" (`recipes.autoencoder`).
     """
 
@@ -41,6 +45,11 @@ class Wishes:
     latent: str | None = None
     order: str | None = None
     neural: tuple[str, ...] = ()
+    code_bits: int | None = None
+    block_size: int | None = None
+    num_iters: int | None = None
+    sample_size: int | None = None
+    clip_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 0:

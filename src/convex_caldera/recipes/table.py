@@ -16,6 +16,13 @@ from convex_caldera.recipes.lqer import (
 )
 from convex_caldera.recipes.reallm import reallm_vq_ladder
 from convex_caldera.recipes.scalar import gptq_ladder, normal_float_ladder, rtn_ladder
+from convex_caldera.recipes.scl import (
+    ecsq_ladder,
+    ecvq_ladder,
+    lloyd_max_ladder,
+    scalar_uniform_ladder,
+    vector_vq_ladder,
+)
 
 METHODS: dict[str, Method] = {
     "convex-caldera": Method(
@@ -79,6 +86,39 @@ METHODS: dict[str, Method] = {
         "Leconte et al., ReALLM, arXiv 2405.13155; Chen et al., HNeRV, arXiv 2304.02633",
         reallm_ae_ladder,
         share=share_decoders,
+    ),
+    "scl-scalar-uniform": Method(
+        "scl-scalar-uniform",
+        "Evenly spaced levels between the extremes, or two quantiles, of a matrix or its groups.",
+        "source-coding baseline of the EE274 course; no paper",
+        scalar_uniform_ladder,
+        curvature="none",
+    ),
+    "scl-lloyd-max": Method(
+        "scl-lloyd-max",
+        "The scalar codebook of least squared error, learned for every matrix.",
+        "Lloyd 1982, IEEE Trans. Inf. Theory 28 (2); Max 1960, IRE Trans. Inf. Theory 6 (1)",
+        lloyd_max_ladder,
+        curvature="none",
+    ),
+    "scl-vector-vq": Method(
+        "scl-vector-vq",
+        "A k-means codebook for blocks of weights, learned for every matrix.",
+        "Linde, Buzo, Gray 1980, IEEE Trans. Commun. 28 (1)",
+        vector_vq_ladder,
+        curvature="none",
+    ),
+    "scl-ecsq": Method(
+        "scl-ecsq",
+        "Levels for entropy-coded codes of any rate, rounded with feedback, coded by rANS.",
+        "Chou, Lookabaugh, Gray 1989, IEEE Trans. ASSP 37 (1)",
+        ecsq_ladder,
+    ),
+    "scl-ecvq": Method(
+        "scl-ecvq",
+        "Codewords for entropy-coded codes of any rate, rounded with feedback, coded by rANS.",
+        "Chou, Lookabaugh, Gray 1989, IEEE Trans. ASSP 37 (1)",
+        ecvq_ladder,
     ),
     "no-lqer": Method(
         "no-lqer",

@@ -21,6 +21,7 @@ from convex_caldera.errors import InfeasibleBudgetError, ModelError, RecipeError
 from convex_caldera.models.patterns import match, select
 from convex_caldera.recipes.guided import keep_rows_apart
 from convex_caldera.recipes.ladder import Method, Wishes
+from convex_caldera.recipes.scl import entropy_coded
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.storage.layers import LayerEntry, planned_shard_bytes
 from convex_caldera.workflow.fill import Rungs, fill_uniformly
@@ -49,6 +50,7 @@ class TiedMatrix(NamedMatrix, Protocol):
 
 S = TypeVar("S", bound=NamedMatrix)
 
+CODEBOOK_WISHES = ("code_bits", "block_size", "num_iters", "sample_size", "clip_ratio")
 # Two wishes that differ in one key: a method that answers both alike does not know the key.
 _TELLING = {
     "rank": (Wishes(rank=0), Wishes(rank=1)),
@@ -62,6 +64,11 @@ _TELLING = {
     "bucket": (Wishes(bucket=1), Wishes(bucket=2)),
     "latent": (Wishes(latent="vq"), Wishes(latent="nf")),
     "order": (Wishes(order="none"), Wishes(order="strip")),
+    "code_bits": (Wishes(code_bits=1), Wishes(code_bits=2)),
+    "block_size": (Wishes(block_size=1), Wishes(block_size=2)),
+    "num_iters": (Wishes(num_iters=1), Wishes(num_iters=2)),
+    "sample_size": (Wishes(sample_size=1), Wishes(sample_size=2)),
+    "clip_ratio": (Wishes(clip_ratio=0.5), Wishes(clip_ratio=0.75)),
     "neural": (Wishes(neural=("epochs=1",)), Wishes(neural=("epochs=2",))),
 }
 
@@ -173,6 +180,7 @@ def wishes_of(settings: Settings, name: str) -> Wishes:
         latent=settings.latent,
         order=settings.order,
         neural=settings.neural,
+        **{key: getattr(settings, key) for key in CODEBOOK_WISHES},
     )
     for pin in settings.pin:
         pattern, pinned = parse_pin(pin)
@@ -191,11 +199,14 @@ def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Setting
     names = [site.name for site in sites]
     for pattern, _ in pins:
         select((pattern,), names)
+    if settings.coder is not None and method.allocates:
+        raise RecipeError(f"{method.name} counts its codes before they are coded; leave out coder")
     for key in ("tie", "bits_menu", "rank_menu"):
         if getattr(settings, key) and not method.allocates:
             raise RecipeError(f"{method.name} allocates nothing; leave out {key.replace('_', ' ')}")
     given = {key for _, pinned in pins for key in pinned}
     optional = ("rank", "group_size", "format", "factor_format", "bucket", "latent", "order")
+    optional += CODEBOOK_WISHES
     given |= {key for key in optional if getattr(settings, key) is not None}
     given |= {"neural"} if settings.neural else set()
     if settings.factor_bits != Wishes().factor_bits:
@@ -315,6 +326,8 @@ def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recip
     recipes = [recipe for wish in menu for recipe in method.ladder(site.shape, wish)]
     if settings.curvature == "guided":
         recipes = [keep_rows_apart(recipe) for recipe in recipes]
+    if settings.coder is not None:
+        recipes = [entropy_coded(recipe, settings.coder) for recipe in recipes]
     by_size: dict[int, Recipe] = {layer_bytes(r, site.shape): r for r in recipes}
     return [by_size[size] for size in sorted(by_size)]
 

@@ -43,13 +43,19 @@ class Settings(BaseModel):
     ratio: str | None = None
     rank: Annotated[int, Field(ge=0)] | None = None
     factor_bits: Literal[2, 3, 4, 16] = 4
-    group_size: Annotated[int, Field(ge=0)] | None = None
+    group_size: Annotated[int, Field(ge=-1)] | None = None
     format: str | None = None
     factor_format: str | None = None
     bucket: Literal[1, 2, 4, 8] | None = None
     latent: Literal["vq", "nf"] | None = None
     order: Literal["none", "strip"] | None = None
     neural: tuple[str, ...] = ()
+    code_bits: Annotated[int, Field(ge=1, le=12)] | None = None
+    block_size: Literal[1, 2, 4, 8] | None = None
+    num_iters: Annotated[int, Field(ge=1)] | None = None
+    sample_size: Annotated[int, Field(ge=1)] | None = None
+    clip_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    coder: Literal["huffman", "rans"] | None = None
     activations: str | None = None
     dataset: str = "bundled:calibration"
     nsamples: Annotated[int, Field(ge=1)] = 128
