@@ -17,9 +17,11 @@ from convex_caldera.quantizers.ecvq import ECVQ
 from convex_caldera.quantizers.kmeans import KMeans
 from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.mxint import MXInt
+from convex_caldera.quantizers.neural import Neural
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
+from convex_caldera.recipes.autoencoder import reallm_ae_recipe
 from convex_caldera.recipes.convex import convex_caldera_recipe, menu_ranks, rates, trellis_recipe
 from convex_caldera.recipes.ladder import Wishes
 from convex_caldera.recipes.lattice import caldera_recipe, quip_sharp_recipe
@@ -115,6 +117,16 @@ HAND_BUILT = {
                 Quantize(DoubleScale(KMeans(2, 4, -1, iterations=20), 64), "full", sweeps=2),
             ),
             sweeps=3,
+        ),
+    ),
+    "reallm-ae": (
+        reallm_ae_recipe(Neural(embed_bits=3), rank=4),
+        Recipe(
+            (
+                FitLowRank(4, "full", FactorCoding(E8P(4))),
+                Quantize(DoubleScale(Neural(embed_bits=3), 64), "diagonal", coder=Rans(3)),
+            ),
+            sweeps=2,
         ),
     ),
     "convex-caldera": (
