@@ -22,7 +22,7 @@ from convex_caldera.models.original import load_original
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 from convex_caldera.recipes.convex import convex_caldera_recipe
-from convex_caldera.recipes.guided import keep_rows_apart
+from convex_caldera.recipes.guided import group_count, guided_recipe, keep_rows_apart
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 
 NAMES = {"seed": 0, "layer": "l", "site": "s"}
@@ -161,6 +161,14 @@ def test_few_rows_take_fewer_groups(model) -> None:
     found = guided_curvature(model, tokens(), [layer, LAYER], seed=0, groups=8)
     assert len(found[layer].groups) == 2 and len(found[LAYER].groups) == 3
     Problem.by_row_groups(torch.zeros(48, 112), found[LAYER].hessians(LAYER), LAYER)
+    assert len(guided_curvature(model, tokens(), [LAYER], seed=0)[LAYER].groups) == 1
+
+
+def test_the_width_of_a_layer_decides_its_groups() -> None:
+    recipe = convex_caldera_recipe(2.0)
+    assert (group_count((64, 1023)), group_count((64, 1024))) == (1, 4)
+    assert guided_recipe(recipe, (64, 1023)) is recipe
+    assert guided_recipe(recipe, (64, 1024)) == keep_rows_apart(recipe)
 
 
 def test_bad_groups_and_gradients_are_refused(model) -> None:

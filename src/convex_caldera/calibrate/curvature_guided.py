@@ -12,7 +12,7 @@ that belong to group k. One group is the input covariance weighted by the square
 
 Source: Kim et al., GuidedQuant, arXiv 2505.07004. Differs: groups are runs of neighbouring
 channels that end at multiples of 16, so that trellis tiles do not straddle them, and the unit is
-nats.
+nats; narrow layers have one group, for the scales that rows then need would cost too much.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from convex_caldera.calibrate.curvature import token_gradients
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import row_slices
 from convex_caldera.errors import NumericalError, RecipeError
-
-GROUPS = 4
+from convex_caldera.recipes.guided import group_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ def guided_curvature(
     layers: Collection[str],
     *,
     seed: int,
-    groups: int = GROUPS,
+    groups: int | None = None,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, GuidedCurvature]:
@@ -68,7 +67,8 @@ def guided_curvature(
         tokens: (sequences, T) token ids.
         layers: full names of nn.Linear modules.
         seed: of the labels drawn.
-        groups: of output channels in each layer; fewer where a layer has too few rows.
+        groups: of output channels in each layer; fewer where a layer has too few rows. Without
+            it `recipes.guided.group_count` decides by the layer's width.
         progress: called with (sequences done, in all).
 
     Raises:
@@ -78,9 +78,10 @@ def guided_curvature(
     Cost: one forward and backward pass and T n^2 multiply-adds a group, layer and sequence;
     memory n^2 float32 a group and layer beside the model.
     """
-    if groups < 1:
+    if groups is not None and groups < 1:
         raise RecipeError(f"guided curvature needs at least one group of rows, got {groups}")
-    sums = {name: _Sums(model.get_submodule(name).weight.shape, groups) for name in layers}
+    shapes = {name: model.get_submodule(name).weight.shape for name in layers}
+    sums = {name: _Sums(s, groups or group_count((s[0], s[1]))) for name, s in shapes.items()}
     for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress):
         sums[name].add(x, dy, name)
     return {name: layer.finish(*tokens.shape) for name, layer in sums.items()}

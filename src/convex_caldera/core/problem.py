@@ -73,7 +73,9 @@ class Problem:
 
     @classmethod
     def by_row_groups(cls, W: Tensor, groups: tuple[Hessian, ...], name: str = "W") -> Problem:
-        """W under a metric of its own for every row group; with H and O made from them."""
+        """W under a metric of its own for every row group; one group is the plain problem."""
+        if len(groups) == 1:
+            return cls(W, groups[0], name)
         slices = row_slices(W.shape[0], len(groups))
         if len(slices) != len(groups):
             raise ShapeError(f"{name}: {W.shape[0]} rows, {len(groups)} row groups")

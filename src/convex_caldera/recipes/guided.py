@@ -1,7 +1,8 @@
 """Recipes under a metric that differs between groups of output channels.
 
 A rotation of the outputs would mix channels whose metrics differ, so only inputs are rotated;
-rows then keep their own magnitudes, and a trellis gets a scale for each of them.
+rows then keep their own magnitudes, and a trellis gets a scale for each of them. Those scales
+cost 16 / n bits a weight: narrow layers have one group, and their recipes stay as they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,20 @@ from convex_caldera.core.recipe import Quantize, Recipe, Step
 from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.transforms.hadamard import RandomizedHadamard
+
+GROUPS = 4
+# Below so many columns scales of rows cost more than metrics of their own gain.
+LEAST_COLUMNS = 1024
+
+
+def group_count(shape: tuple[int, int]) -> int:
+    """Row groups of a layer (m, n) under guided curvature."""
+    return GROUPS if shape[1] >= LEAST_COLUMNS else 1
+
+
+def guided_recipe(recipe: Recipe, shape: tuple[int, int]) -> Recipe:
+    """The recipe for a layer (m, n) under guided curvature."""
+    return keep_rows_apart(recipe) if group_count(shape) > 1 else recipe
 
 
 def keep_rows_apart(recipe: Recipe) -> Recipe:

@@ -1,0 +1,217 @@
+"""Curvature kinds, shrinkage, layers without gradients, and drift-corrected targets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convex_caldera.storage.read import open_container
+from tests.workflow.killing import start
+from tests.workflow.running import NSAMPLES, SEQLEN, Ran, compress, run, snapshot
+
+QTIP = ("--method", "qtip", "--bits", 6)
+DRIFT = ("--targets", "drift-corrected")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Callable[..., Path]) -> Path:
+    """One block, for runs of the default method."""
+    return tiny_model("llama", num_hidden_layers=1)
+
+
+def report_of(out: Path) -> dict:
+    return open_container(out).report()
+
+
+def done(ran: Ran, out: Path) -> dict:
+    assert ran.code == 0, ran.err
+    assert run("verify", out).code == 0
+    return report_of(out)
+
+
+@pytest.fixture(scope="module")
+def drifted(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("drifted") / "out"
+    done(compress(model, out, text, *QTIP, *DRIFT), out)
+    return out
+
+
+# --- drift-corrected targets ------------------------------------------------------------------
+
+
+def test_drift_corrected_runs_say_so_and_search_a_blend_a_layer(drifted: Path, model: Path) -> None:
+    report = report_of(drifted)
+    assert report["targets"] == "drift-corrected"
+    assert 'targets = "drift-corrected"' in (drifted / "convex_caldera" / "recipe.toml").read_text()
+    layers = report["layers"]
+    for name, layer in layers.items():
+        drift = layer["drift"]
+        assert 0.0 <= drift["factor"] <= 1.0 and drift["left"] <= drift["drift"], name
+    first = layers["model.layers.0.self_attn.q_proj"]["drift"]
+    assert first["drift"] == pytest.approx(0.0, abs=1e-9) and first["factor"] == 0.0
+    assert any(layer["drift"]["factor"] > 0 for layer in layers.values())
+    assert run("verify", drifted, "--model", model).code == 0
+
+
+def test_first_readers_of_the_first_block_are_those_of_original_targets(
+    drifted: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done(compress(model, out, text, *QTIP), out)
+    one, other = open_container(out), open_container(drifted)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = f"model.layers.0.self_attn.{name}"
+        assert torch.equal(one.layer(layer).decode(), other.layer(layer).decode())
+    layer = "model.layers.1.mlp.down_proj"
+    assert not torch.equal(one.layer(layer).decode(), other.layer(layer).decode())
+
+
+def test_drift_corrected_runs_resume_to_the_same_bytes(
+    drifted: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = [
+        "compress", model, "-o", out, "--dataset", text, "--nsamples", NSAMPLES,
+        "--seqlen", SEQLEN, *QTIP, *DRIFT, "--workers", 1,
+    ]  # fmt: skip
+    deaths = 0
+    for moment in (9, 17, 10**6):
+        process = start(arguments, die_at=moment)
+        process.join()
+        deaths += process.exitcode == -signal.SIGKILL
+    assert deaths == 2 and process.exitcode == 0
+    assert snapshot(out) == snapshot(drifted)
+
+
+def test_plans_are_certified_again_with_what_their_layers_then_cost(
+    small: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    menu = ("--bits", 6, "--bits-menu", "4,5", "--rank-menu", "0")
+    done(compress(small, out, text, *menu, *DRIFT), out)
+    certificate = json.loads((out / "convex_caldera" / "certificate.json").read_text())
+    plan, layers = certificate["plan"], certificate["layers"]
+    spent = sum(layer["loss"] * layer["held_out_scale"] for layer in layers.values())
+    assert plan["distortion"] == pytest.approx(spent) and plan["bound"] <= plan["distortion"]
+    assert set(layers) == set(report_of(out)["layers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "rtn"), ["drift-corrected targets need calibration", "--curvature input"]),
+        (("--nsamples", 2), ["at least 3 calibration windows", "--nsamples"]),
+    ],
+)
+def test_targets_without_enough_text_are_refused(
+    model: Path, text: Path, tmp_path: Path, options: tuple[object, ...], words: list[str]
+) -> None:
+    ran = compress(model, tmp_path / "out", text, *QTIP, *DRIFT, *options)
+    assert ran.code == 2 and all(word in ran.err for word in words), ran.err
+
+
+# --- curvature kinds --------------------------------------------------------------------------
+
+
+def test_guided_runs_keep_the_rows_of_wide_layers_apart(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convex_caldera.recipes.guided.LEAST_COLUMNS", 100)
+    out = tmp_path / "out"
+    guided = ("--curvature", "guided", "--shrinkage", "held-out")
+    report = done(compress(model, out, text, *QTIP, *guided), out)
+    assert report["curvature"] == "guided" and report["input_curvature_only"] == []
+    assert set(report["shrinkage"]["scores"]) == {"input", "output", "towards_input"}
+    for layer in report["layers"].values():
+        (transform,) = layer["recipe"]["transforms"]
+        assert transform["inputs"] and transform["outputs"] == (layer["shape"][1] < 100)
+    assert (out / "convex_caldera" / "recipe.toml").read_text().count('"held-out"') == 1
+
+
+def test_guided_plans_are_in_nats(small: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    menu = ("--bits", 7, "--bits-menu", "4,5", "--rank-menu", "0,2", "--curvature", "guided")
+    done(compress(small, out, text, *menu), out)
+    certificate = json.loads((out / "convex_caldera" / "certificate.json").read_text())
+    assert certificate["unit"] == "nats" and certificate["curvature"] == "guided"
+
+
+def test_shrinkage_changes_codes_but_not_what_losses_are_measured_under(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    outs = [tmp_path / name for name in ("plain", "smooth")]
+    curvature = ("--curvature", "kronecker", "--hessians", tmp_path / "saved")
+    plain, smooth = (
+        done(compress(model, out, text, *QTIP, *curvature, "--shrinkage", shrinkage), out)
+        for out, shrinkage in zip(outs, ("none", "0.2,0.4"), strict=True)
+    )
+    assert smooth["shrinkage"] == {"input": 0.2, "output": 0.4, "towards": "identity", "scores": {}}
+    name = "model.layers.1.mlp.down_proj"
+    assert plain["layers"][name]["loss"] != smooth["layers"][name]["loss"]
+    assert run("verify", outs[1], "--model", model, "--hessians", tmp_path / "saved").code == 0
+
+
+@pytest.mark.parametrize("shrinkage", ["much", "0.5", "0.1,2", "-0.1,0.1", "0.1,0.1,0.1", ""])
+def test_bad_shrinkage_is_refused(model: Path, text: Path, tmp_path: Path, shrinkage: str) -> None:
+    ran = compress(model, tmp_path / "out", text, *QTIP, f"--shrinkage={shrinkage}")
+    assert ran.code == 2 and "such as 0.05,0.2" in ran.err
+
+
+def test_shrinkage_cannot_be_searched_on_one_window(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ("--curvature", "kronecker", "--shrinkage", "held-out", "--nsamples", 1)
+    ran = compress(model, tmp_path / "out", text, *QTIP, *options)
+    assert ran.code == 2 and "more than one window" in ran.err
+
+
+# --- gradients that vanish --------------------------------------------------------------------
+
+DEAD = "model.layers.1.self_attn.v_proj"
+
+
+@pytest.fixture(scope="module")
+def muted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last block's attention output is zero, so that nothing before it matters."""
+    folder = tmp_path_factory.mktemp("muted") / "model"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "guided"])
+def test_vanishing_gradients_are_one_clear_error(
+    muted: Path, text: Path, tmp_path: Path, kind: str
+) -> None:
+    ran = compress(muted, tmp_path / "out", text, *QTIP, "--curvature", kind)
+    assert ran.code == 4 and ran.err.count("error:") == 1
+    assert "gradients vanish" in ran.err and "(3 such layers)" in ran.err
+    assert "--curvature-fallback input" in ran.err and "--ignore" in ran.err
+
+
+def test_vanishing_gradients_fall_back_if_the_recipe_says_so(
+    muted: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--curvature", "kronecker", "--curvature-fallback", "input")
+    report = done(compress(muted, out, text, *QTIP, *options), out)
+    assert sorted(n.rpartition(".")[2] for n in report["input_curvature_only"]) == [
+        "k_proj", "q_proj", "v_proj",
+    ]  # fmt: skip
+    assert 'curvature_fallback = "input"' in (out / "convex_caldera" / "recipe.toml").read_text()
+    losses = [layer["loss"] for layer in report["layers"].values()]
+    assert report["layers"][DEAD]["relative_loss"] > 0 and max(losses) > 0
