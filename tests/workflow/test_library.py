@@ -33,8 +33,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_path_gives_the_bytes_of_the_command(compressed: Any, text: Path, tmp_path: Path) -> None:
     by_command = compressed("gptq")
     result = convex_caldera.compress(
-        by_command.model, bits=float(BITS), method="gptq", dataset=str(text), **SMALL
-    )
+        by_command.model, bits=float(BITS), method="gptq", dataset=str(text),
+        hessians=tmp_path / "statistics", **SMALL,
+    )  # fmt: skip
+    assert (tmp_path / "statistics" / "calibration.json").is_file()
     saved = result.save(tmp_path / "out")
     assert saved == tmp_path / "out" and snapshot(saved) == snapshot(by_command.directory)
     assert result.summary.file_bytes == by_command.ran.json["file_bytes"]

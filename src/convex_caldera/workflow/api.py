@@ -53,6 +53,7 @@ def compress(
     tokenizer: Any = None,
     progress: Progress | None = None,
     workers: int | None = None,
+    hessians: str | Path | None = None,
     **settings: Any,
 ) -> Compressed:
     """Compress a model; every option of `convex-caldera compress` is a keyword.
@@ -63,6 +64,7 @@ def compress(
         tokenizer: of a model in memory.
         progress: told of finished steps; silent by default.
         workers: layers at a time; does not change the result.
+        hessians: folder of `convex-caldera calibrate`, reused; collected into it where missing.
         **settings: bits=2.2 | size="1.5GB" | ratio="6x", method, rank, factor_bits, dataset,
             nsamples, seqlen, seed, device, dtype, ignore, pin: see `workflow.settings`.
 
@@ -74,7 +76,8 @@ def compress(
         name = model if isinstance(model, (str, Path)) else _saved(model, tokenizer, folder)
         made = make_settings(model=str(name), **settings)
         out = folder / "out"
-        summary = compress_to(made, out, progress=progress, workers=workers)
+        kept = None if hessians is None else Path(hessians)
+        summary = compress_to(made, out, progress=progress, workers=workers, hessians=kept)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
