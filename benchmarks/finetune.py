@@ -91,7 +91,7 @@ def tuned(directory: Path, out: Path, scope: str, model: str, text: str, parts: 
         directory=str(directory), model=model, scope=scope, train=tuple(parts.split(",")),
         dataset=text, nsamples=args.nsamples[scope == "model"], seqlen=args.seqlen,
         epochs=args.epochs[scope == "model"], lr=args.lr[scope == "model"],
-        patience=0, time_budget=args.time_budget, allow_short=True,
+        patience=0, evaluations=2, time_budget=args.time_budget, allow_short=True,
     )  # fmt: skip
     spent = timed(finetune_to, settings, out, progress=Lines(every=60))
     summary = spent.pop("result")

@@ -7,8 +7,13 @@ from torch import Tensor
 
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.core.terms import CompressedLayer
+from convex_caldera.quantizers.clipped_uniform import ClippedUniform
+from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.kmeans import KMeans
+from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.normal_float import NormalFloat
+from convex_caldera.quantizers.strip_order import StripOrder
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 from convex_caldera.transforms import ActOrder, ColumnScale, RandomizedHadamard
@@ -27,6 +32,16 @@ BUILDS: dict[str, Recipe] = {
         (Quantize(Trellis(2.0, 6, row_scales=True), "identity"),),
         transforms=(RandomizedHadamard(),),
     ),
+    "strips": Recipe(
+        (
+            Quantize(
+                StripOrder(DoubleScale(KMeans(2.0, 2, -1))),
+                "identity",
+            ),
+        )
+    ),
+    "levels": Recipe((Quantize(LloydMax(2, 8), "identity"),)),
+    "range": Recipe((Quantize(ClippedUniform(3, group_size=8), "identity"),)),
     "normal float": Recipe((Quantize(NormalFloat(3, group_size=8), "identity"),)),
 }
 SHAPE = (24, 40)

@@ -7,6 +7,7 @@ out, which costs rank vectors a side instead of a rotation of every token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def _take(factor: Factor, components: slice, axis: int) -> Factor:
         values = factor.values[:, components] if axis else factor.values[components]
         return Dense(values.contiguous())
     fitted = factor.fitted.take_rows(components)
-    return Coded(factor.codes[components].contiguous(), fitted)
+    return replace(factor, codes=factor.codes[components].contiguous(), fitted=fitted)
 
 
 def outer_left(left: Tensor, transforms: Sequence[FittedTransform]) -> Tensor:

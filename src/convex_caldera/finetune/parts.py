@@ -28,8 +28,8 @@ from convex_caldera.errors import RecipeError
 PARTS = ("lowrank", "lora", "dora", "signs", "scales", "codebooks", "norms")
 DEFAULT_RANK = 16
 # Stored tensors of quantizers by what they are; any other is neither trained nor touched.
-SCALE_FIELDS = frozenset({"scale", "scales", "row_scale"})
-CODEBOOK_FIELDS = frozenset({"codebook", "codebooks", "centroids", "levels"})
+SCALE_FIELDS = frozenset({"scale", "scales", "row_scale", "lows"})
+CODEBOOK_FIELDS = frozenset({"codebook", "levels"})
 
 
 @dataclass(frozen=True)

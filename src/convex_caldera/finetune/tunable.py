@@ -24,14 +24,8 @@ from convex_caldera.core.protocols import FittedTransform
 from convex_caldera.core.seeds import generator
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term, sum_terms
 from convex_caldera.finetune.factors import outer_left, outer_right, split
-from convex_caldera.finetune.parts import (
-    CODEBOOK_FIELDS,
-    SCALE_FIELDS,
-    Tuned,
-    Wish,
-    half_dtype,
-    tuned,
-)
+from convex_caldera.finetune.parts import Tuned, Wish, half_dtype, tuned
+from convex_caldera.finetune.quantizer_fields import trainable_fields, with_fields
 from convex_caldera.transforms.diagonal import Diagonal, FittedDiagonal
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 
@@ -125,18 +119,13 @@ class TunableLinear(nn.Module):
         self._factors.append(i)
 
     def _choose_quantizers(self, wish: Wish) -> None:
-        wanted = (SCALE_FIELDS if "scales" in wish else frozenset()) | (
-            CODEBOOK_FIELDS if "codebooks" in wish else frozenset()
-        )
         for i, term in enumerate(self._terms):
-            if not isinstance(term, Coded):
-                continue
-            tensors = term.fitted.tensors()
-            fields = [f for f in sorted(wanted & set(tensors)) if tensors[f].is_floating_point()]
-            for field in fields:
-                self.tuned[f"{field}_{i}"] = tuned(tensors[field], tensors[field].dtype)
-            if fields:
-                self._coded[i] = fields
+            if isinstance(term, Coded):
+                fields = trainable_fields(term.fitted, wish)
+                for field, tensor in fields.items():
+                    self.tuned[f"{field}_{i}"] = tuned(tensor, tensor.dtype)
+                if fields:
+                    self._coded[i] = list(fields)
 
     def _choose_diagonals(self, wish: Wish) -> None:
         a, b = self._start
@@ -195,7 +184,7 @@ class TunableLinear(nn.Module):
             return term
         assert isinstance(term, Coded)
         values = {field: self.tuned[f"{field}_{i}"].value().cpu() for field in self._coded[i]}
-        return Coded(term.codes, replace(term.fitted, **values), term.coder)  # type: ignore[type-var]
+        return replace(term, fitted=with_fields(term.fitted, values))
 
     def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.tuned[f"left_{i}"], self.tuned[f"right_{i}"]) for i in self._factors]
@@ -252,7 +241,7 @@ class TunableLinear(nn.Module):
             term = terms[i]
             assert isinstance(term, Coded)
             values = {field: self.tuned[f"{field}_{i}"].stored() for field in fields}
-            terms[i] = Coded(term.codes, replace(term.fitted, **values), term.coder)  # type: ignore[type-var]
+            terms[i] = replace(term, fitted=with_fields(term.fitted, values))
         return CompressedLayer(self.original.shape, tuple(terms), self._stored_transforms())
 
     def _stored_transforms(self) -> tuple[FittedTransform, ...]:

@@ -73,6 +73,7 @@ def write_tuned(
         provenance=_provenance(source),
         card=_card(source, settings, old),
         certificate=certificate_of(source),
+        activations=source.activations,
     )
 
 

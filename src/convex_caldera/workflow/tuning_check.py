@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from convex_caldera.errors import RecipeError
 from convex_caldera.finetune.parts import CODEBOOK_FIELDS, SCALE_FIELDS, Wish
+from convex_caldera.finetune.quantizer_fields import INNER
 from convex_caldera.finetune.stored import StoredModel
 from convex_caldera.storage.shard import DTYPES
 from convex_caldera.storage.spec import Spec
@@ -40,7 +41,7 @@ def _has_rotation(spec: Spec) -> bool:
 def _has_fields(spec: Spec, wanted: frozenset[str]) -> bool:
     coded = [term["tensors"] for term in spec["terms"] if term["kind"] == "coded"]
     return any(
-        field in wanted and DTYPES[dtype].is_floating_point
+        field.split(INNER)[-1] in wanted and DTYPES[dtype].is_floating_point
         for tensors in coded
         for field, (dtype, _) in tensors.items()
     )
