@@ -26,6 +26,14 @@ PUBLIC = [
     "evaluate_models",
     "fit_layer",
     "load",
+    "plot_accuracy_vs_bits",
+    "plot_bit_allocation_heatmap",
+    "plot_bits_heatmap",
+    "plot_error_heatmap",
+    "plot_error_vs_bits_by_rank",
+    "plot_loss_vs_rank",
+    "plot_singular_value_spectra",
+    "plot_singular_values_comparison",
     "verify",
 ]
 # Names that the rooms offer to those who build on this library.

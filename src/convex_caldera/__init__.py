@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from convex_caldera.core.terms import CompressedLayer as CompressedLayer
     from convex_caldera.fit.backfit import Fit as Fit
     from convex_caldera.fit.backfit import fit_layer as fit_layer
+    from convex_caldera.report.mission import plot_accuracy_vs_bits as plot_accuracy_vs_bits
+    from convex_caldera.report.mission import (
+        plot_bit_allocation_heatmap as plot_bit_allocation_heatmap,
+    )
+    from convex_caldera.report.mission import plot_bits_heatmap as plot_bits_heatmap
+    from convex_caldera.report.mission import plot_error_heatmap as plot_error_heatmap
+    from convex_caldera.report.mission import (
+        plot_error_vs_bits_by_rank as plot_error_vs_bits_by_rank,
+    )
+    from convex_caldera.report.mission import plot_loss_vs_rank as plot_loss_vs_rank
+    from convex_caldera.report.mission import (
+        plot_singular_value_spectra as plot_singular_value_spectra,
+    )
+    from convex_caldera.report.mission import (
+        plot_singular_values_comparison as plot_singular_values_comparison,
+    )
     from convex_caldera.runtime.linear import CompressedLinear as CompressedLinear
     from convex_caldera.runtime.load import load as load
     from convex_caldera.workflow.api import Compressed as Compressed
@@ -51,6 +67,14 @@ _HOME = {
     "evaluate_models": ("workflow.evaluating", "evaluate_models"),
     "fit_layer": ("fit.backfit", "fit_layer"),
     "load": ("runtime.load", "load"),
+    "plot_accuracy_vs_bits": ("report.mission", "plot_accuracy_vs_bits"),
+    "plot_bit_allocation_heatmap": ("report.mission", "plot_bit_allocation_heatmap"),
+    "plot_bits_heatmap": ("report.mission", "plot_bits_heatmap"),
+    "plot_error_heatmap": ("report.mission", "plot_error_heatmap"),
+    "plot_error_vs_bits_by_rank": ("report.mission", "plot_error_vs_bits_by_rank"),
+    "plot_loss_vs_rank": ("report.mission", "plot_loss_vs_rank"),
+    "plot_singular_value_spectra": ("report.mission", "plot_singular_value_spectra"),
+    "plot_singular_values_comparison": ("report.mission", "plot_singular_values_comparison"),
     "verify": ("certify", "verify"),
 }
 
