@@ -130,11 +130,13 @@ HAND_BUILT = {
         ),
     ),
     "convex-caldera": (
-        convex_caldera_recipe(2.5, rank=4, factor_bits=16),
+        convex_caldera_recipe(2.5, rank=4),
         Recipe(
-            (FitLowRank(4, "full"), Quantize(Trellis(2.5, 12), "full")),
+            (
+                FitLowRank(4, "identity", FactorCoding(Trellis(2.0, 12), 2)),
+                Quantize(Trellis(2.5, 12), "full"),
+            ),
             transforms=ROTATED,
-            sweeps=2,
         ),
     ),
 }

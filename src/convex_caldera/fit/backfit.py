@@ -259,7 +259,9 @@ def fit_factors(
     hessian = problem.hessian
     start = previous.left_matrix() if isinstance(previous, LowRank) and step.rank else None
     H = metric_matrix(hessian, step.metric)
-    output = problem.output.root.to(residual.dtype) if problem.output else None
+    # The identity sees neither side of a curvature.
+    seen = problem.output if step.metric != "identity" else None
+    output = seen.root.to(residual.dtype) if seen else None
     left, right = fit_low_rank(residual, H, step.rank, start=start, output_root=output)
     if step.factors is None or step.rank == 0:
         return dense_factors(left, right)
@@ -269,7 +271,7 @@ def fit_factors(
     else:
         diagonal = torch.ones(len(hessian), dtype=torch.float64) if H is None else H
         metric, feedback = torch.diag(diagonal.to(residual.device)), None
-    O = problem.output.damped if problem.output else None
+    O = seen.damped if seen else None
     return fit_coded_factors(residual, metric, feedback, left, right, step.factors, O)
 
 

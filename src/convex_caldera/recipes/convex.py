@@ -1,28 +1,34 @@
 """Trellis codes alone, and the menu that convex allocation chooses from.
 
     qtip             hadamard | Quantize(Trellis, full)
-    convex-caldera   hadamard | [FitLowRank(r, full, coded);] Quantize(Trellis, full)
+    convex-caldera   hadamard | [FitLowRank(r, identity, coded);] Quantize(Trellis, full)
 
 Rates come in sixteenths of a bit, so that a budget is met by rates, not by mixing formats.
+
+The low-rank term is the SVD of W itself, not of W under H. After a Hadamard transform and with
+feedback the loss of rounding is D(b) |W - L R|_F^2 / (m n) times a constant of the layer's metric,
+whatever the metric: what a rank is worth is the energy that it takes out of W. Everything that
+the factors miss, their own rounding included, is part of the residual and so is coded at b bits;
+hence coarse factors of a high rank beat fine ones of a low rank at equal bytes
+(benchmarks/results/low_rank.md).
 """
 
 from __future__ import annotations
 
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe, Step
-from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.recipes.ladder import Shape, Wishes
-from convex_caldera.recipes.lattice import DOWNDATE_BITS
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 
 LEAST_BITS, MOST_BITS, BIT_STEP = 1.0, 8.0, 1 / 16
 # 2^12 states: a menu is measured option by option, and 2^14 would cost 2.3 times the time for
 # 4 % less distortion.
 STATE_BITS = 12
-# Alternations where there is a low-rank term; under a two-sided curvature the first two pay.
-LOW_RANK_SWEEPS = 2
-# A rank is offered where its factors cost about these many bits per weight.
-RANK_COSTS = (0.05, 0.1, 0.2)
+# The factors' own rate, and the least-squares refits that they are rounded after.
+FACTOR_BITS, FACTOR_ITERATIONS = 2, 2
+# Ranks on offer: multiples of a tile, and some below it; none whose factors cost more than this
+# many bits per weight.
+SMALL_RANKS, RANK_STEP, MOST_FACTOR_BITS = (4, 8), 16, 1.0
 
 
 def trellis_recipe(bits: float) -> Recipe:
@@ -35,16 +41,22 @@ def trellis_recipe(bits: float) -> Recipe:
     )
 
 
-def convex_caldera_recipe(bits: float, rank: int = 0, factor_bits: int = 4) -> Recipe:
+def convex_caldera_recipe(bits: float, rank: int = 0, factor_bits: int = FACTOR_BITS) -> Recipe:
     """One option of the menu: a trellis at `bits`, and a low-rank term if rank > 0."""
     if rank == 0:
         return trellis_recipe(bits)
-    coding = None if factor_bits == 16 else FactorCoding(E8P(factor_bits))
+    coding = _coding(factor_bits)
     steps: tuple[Step, ...] = (
-        FitLowRank(rank, "full", coding),
-        Quantize(Trellis(bits, STATE_BITS), "full", downdate=bits <= DOWNDATE_BITS),
+        FitLowRank(rank, "identity", coding),
+        Quantize(Trellis(bits, STATE_BITS), "full"),
     )
-    return Recipe(steps, transforms=(RandomizedHadamard(),), sweeps=LOW_RANK_SWEEPS)
+    return Recipe(steps, transforms=(RandomizedHadamard(),))
+
+
+def _coding(factor_bits: int) -> FactorCoding | None:
+    if factor_bits == 16:
+        return None
+    return FactorCoding(Trellis(float(factor_bits), STATE_BITS), FACTOR_ITERATIONS)
 
 
 def rates(least: float = LEAST_BITS, most: float = MOST_BITS) -> tuple[float, ...]:
@@ -53,12 +65,15 @@ def rates(least: float = LEAST_BITS, most: float = MOST_BITS) -> tuple[float, ..
     return tuple(i * BIT_STEP for i in range(first, last + 1))
 
 
-def menu_ranks(shape: Shape, factor_bits: int = 4) -> tuple[int, ...]:
-    """Rank 0 and the ranks whose factors cost about `RANK_COSTS` bits per weight."""
+def menu_ranks(shape: Shape, factor_bits: int = FACTOR_BITS) -> tuple[int, ...]:
+    """Rank 0 and ranks whose factors cost at most `MOST_FACTOR_BITS` bits per weight.
+
+    At most some thirty: in a wide matrix they are sixteen times a growing number apart.
+    """
     m, n = shape
-    per_rank = factor_bits * (m + n) / (m * n)
-    ranks = {min(round(cost / per_rank), m, n) for cost in RANK_COSTS}
-    return (0, *sorted(rank for rank in ranks if rank > 0))
+    most = min(int(MOST_FACTOR_BITS * m * n / (factor_bits * (m + n))), min(m, n) // 2)
+    step = RANK_STEP * max(1, round(most / (32 * RANK_STEP)))
+    return (0, *(r for r in SMALL_RANKS if r <= most), *range(step, most + 1, step))
 
 
 def trellis_ladder(shape: Shape, wishes: Wishes) -> tuple[Recipe, ...]:

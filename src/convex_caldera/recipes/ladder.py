@@ -62,7 +62,8 @@ class Wishes:
 class Method:
     """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n).
 
-    `curvature` is what its rounding is meant to see; `allocates` says that bits and ranks are
+    `curvature` is what its rounding is meant to see; `factor_bits` codes its factors unless the
+    user asks for others; `allocates` says that bits and ranks are
     decided together for the whole model instead of uniformly. `share` lets layers share what is
     trained for several of them, given all recipes and the options of `Wishes.neural`.
     """
@@ -72,5 +73,6 @@ class Method:
     paper: str
     ladder: Callable[[Shape, Wishes], tuple[Recipe, ...]]
     curvature: Literal["none", "input", "kronecker"] = "input"
+    factor_bits: int = 4
     allocates: bool = False
     share: Callable[[Mapping[str, Recipe], tuple[str, ...]], dict[str, Recipe]] | None = None

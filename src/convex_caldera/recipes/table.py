@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from convex_caldera.errors import RecipeError
 from convex_caldera.recipes.autoencoder import reallm_ae_ladder, share_decoders
-from convex_caldera.recipes.convex import convex_caldera_ladder, trellis_ladder
+from convex_caldera.recipes.convex import FACTOR_BITS, convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.ladder import Method
 from convex_caldera.recipes.lattice import caldera_ladder, quip_sharp_ladder
 from convex_caldera.recipes.lqer import (
@@ -32,6 +32,7 @@ METHODS: dict[str, Method] = {
         "this project; docs/methods/convex-caldera.md",
         convex_caldera_ladder,
         curvature="kronecker",
+        factor_bits=FACTOR_BITS,
         allocates=True,
     ),
     "rtn": Method(

@@ -1,6 +1,7 @@
 """Convex allocation of bits and rank over a whole model, with its certificate.
 
-    probe      every layer at two rates and one rank, with the real quantizer
+    spectra    singular values of every layer: what each rank would leave of it
+    probe      every layer at two rates, with the real quantizer
     propose    the convex program on the fitted curves: a rate and a rank for each layer
     measure    the few options around each proposal, with the real quantizer
     decide     one option per layer by its measured loss under the byte budget, with a bound
@@ -14,53 +15,34 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from convex_caldera.allocate.curves import Curves, Group, Option
-from convex_caldera.allocate.menu import build_menus
+from convex_caldera.allocate.menu import Floats, build_menus
 from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.plan import allocate, certify_choice
+from convex_caldera.allocate.rank_energy import spectrum
 from convex_caldera.allocate.surrogate import RateModel, fit_decay, solve_surrogate
-from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError
-from convex_caldera.recipes.convex import (
-    BIT_STEP,
-    LEAST_BITS,
-    MOST_BITS,
-    convex_caldera_recipe,
-    menu_ranks,
-)
-from convex_caldera.recipes.guided import keep_rows_apart
+from convex_caldera.models.sites import Site
+from convex_caldera.recipes.convex import BIT_STEP, LEAST_BITS, MOST_BITS
 from convex_caldera.recipes.records import canonical_json
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.certifying import certificate_of
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS, GradientCurvatures
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
-from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes, ties_of, wishes_of
+from convex_caldera.workflow.offers import PROBE_HALF_WIDTH, Choice, Offers
+from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes
 from convex_caldera.workflow.progress import Progress
 from convex_caldera.workflow.proposal import Proposal
 from convex_caldera.workflow.sequential import in_order
-from convex_caldera.workflow.settings import parse_menu
 
-# Options offered around the proposed rate, in bits per weight.
-NEIGHBOURS = (-0.25, 0.0, 0.25)
-PROBE_HALF_WIDTH = 0.5
 # Header bytes depend on the plan and the plan on what they leave; a few rounds settle both.
 HEADER_ROUNDS = 8
-
-
-@dataclass(frozen=True, order=True)
-class Choice:
-    """One option of the menu: code bits per weight and rank."""
-
-    bits: float
-    rank: int = 0
-
-    @property
-    def label(self) -> str:
-        return f"{self.bits:g}b r{self.rank}" if self.rank else f"{self.bits:g}b"
 
 
 class Allocator:
@@ -71,22 +53,21 @@ class Allocator:
         self.progress, self.workers = progress, workers
         self.sites = {site.name: site for site in job.sites}
         self.weights = {name: s.shape[0] * s.shape[1] for name, s in self.sites.items()}
-        self.ties = ties_of(job.settings.tie, job.sites)
         self.unit = "nats" if job.curvature in GRADIENT_KINDS else "relative"
         self.scale: dict[str, float] = {}
-        self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
+        self.offers = Offers(job, self._spectra())
 
     def run_all(self) -> tuple[Plan, dict[str, Any]]:
         """The plan, stored layer by layer, and its certificate."""
         fingerprint = {"options": canonical_json(self.job.fingerprint())}
         with PartialRun(self.run.folder / "measured", fingerprint) as measured:
-            probes = {name: self._probes(name) for name in self.sites}
+            probes = {name: self.offers.probes(name) for name in self.sites}
             self._measure(measured, probes, "probe")
             self.scale = self._held_out_scale(measured, probes)
             proposal = self._propose(measured, probes)
-            menus = {name: self._menu(name, proposal) for name in self.sites}
+            menus = {name: self.offers.menu(name, proposal) for name in self.sites}
             self._measure(measured, menus, "measure")
-            offered = {name: self._offered(menus[name], probes[name]) for name in self.sites}
+            offered = {name: self.offers.offered(menus[name], probes[name]) for name in self.sites}
             curves = self._curves(measured, offered)
             plan, integer = self._decide(curves, offered)
             if self.job.settings.targets == "drift-corrected":
@@ -102,24 +83,17 @@ class Allocator:
         )
         return plan, certificate
 
-    def recipe(self, name: str, choice: Choice) -> Recipe:
-        """The recipe of an option."""
-        factor_bits = wishes_of(self.job.settings, name).factor_bits
-        recipe = convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
-        return keep_rows_apart(recipe) if self.job.curvature == "guided" else recipe
+    def _spectra(self) -> dict[str, Floats]:
+        """Squared singular values of every weight."""
+        self.progress.start("spectra", len(self.sites))
+        found = {}
+        for site, squares in side_by_side(self._spectrum, self.job.sites, self.workers):
+            found[site.name] = squares
+            self.progress.advance(site.name)
+        return found
 
-    def _probes(self, name: str) -> list[Choice]:
-        """Two rates around the target, and one rank at the lower of them."""
-        wishes = wishes_of(self.job.settings, name)
-        if wishes.bits is not None:
-            return [Choice(_on_grid(wishes.bits), wishes.rank or 0)]
-        low = _on_grid(self.target - PROBE_HALF_WIDTH)
-        high = _on_grid(low + 2 * PROBE_HALF_WIDTH)
-        low = low if low < high else _on_grid(high - 2 * PROBE_HALF_WIDTH)
-        if wishes.rank is not None:
-            rank = min(wishes.rank, *self.sites[name].shape)
-            return [Choice(low, rank), Choice(high, rank)]
-        return [Choice(low), Choice(high), *(Choice(low, r) for r in self._probed_rank([name]))]
+    def _spectrum(self, site: Site) -> Floats:
+        return spectrum(self.fitter.weight(site))
 
     def _measure(
         self, measured: PartialRun, wanted: Mapping[str, Iterable[Choice]], stage: str
@@ -135,10 +109,10 @@ class Allocator:
 
         def work(task: tuple[str, Choice]) -> Any:
             name, choice = task
-            return self.fitter.fit(self.sites[name], self.recipe(name, choice))
+            return self.fitter.fit(self.sites[name], self.offers.recipe(name, choice))
 
         for (name, choice), fit in side_by_side(work, tasks, self.workers):
-            record = self.fitter.record(self.sites[name], self.recipe(name, choice), fit)
+            record = self.fitter.record(self.sites[name], self.offers.recipe(name, choice), fit)
             measured.put(_key(name, choice), fit.layer, record)
             self.progress.advance(f"{name} {choice.label}")
 
@@ -178,8 +152,8 @@ class Allocator:
         return {name: math.exp(0.5 * (logs.get(name, mean) + mean)) for name in probes}
 
     def _rate_model(self, measured: PartialRun, name: str, probes: list[Choice]) -> RateModel:
-        """c and k from the two rates; what the probed rank saves, at what it costs."""
-        low, high = probes[0], probes[min(1, len(probes) - 1)]
+        """c and k from the two rates, and from the spectrum what every rank saves and costs."""
+        low, high = probes[0], probes[-1]
         at_low = max(self._distortion(measured, name, low), 1e-300)
         if low == high:
             bits, scale, decay = (low.bits, low.bits), at_low, 1.0
@@ -190,28 +164,25 @@ class Allocator:
                 scale, decay = at_low, 1e-6
             else:
                 scale, decay = fit_decay([low.bits, high.bits], [at_low, at_high])
-        factor_bits, log_energy = [0.0], [0.0]
-        for choice in probes[2:]:
-            saved = max(self._distortion(measured, name, choice), 1e-300) / at_low
-            site = self.sites[name]
-            extra = layer_bytes(self.recipe(name, choice), site.shape) - layer_bytes(
-                self.recipe(name, low), site.shape
-            )
-            factor_bits.append(8 * extra / self.weights[name])
-            log_energy.append(min(math.log(saved), 0.0))
+        ranks = self.offers.ranks(self.offers.members(name)) if low != high else [low.rank]
+        costs = np.array(self.offers.factor_bits(name, ranks))
+        energies = np.array(self.offers.log_energies(name, ranks))
+        # The probes were made at one rank; c is the scale at the least one, where rho is 0.
+        scale *= math.exp(energies[0] - energies[ranks.index(low.rank)])
         return RateModel(
-            name, self.weights[name], 1.0, scale, decay, bits, tuple(factor_bits), tuple(log_energy)
-        )
+            name, self.weights[name], 1.0, scale, decay, bits,
+            tuple((costs - costs[0]).tolist()), tuple((energies - energies[0]).tolist()),
+        )  # fmt: skip
 
     def _propose(self, measured: PartialRun, probes: Mapping[str, list[Choice]]) -> Proposal:
         """Rates and factor bits of every layer by the convex program."""
         models = [self._rate_model(measured, name, probes[name]) for name in self.sites]
-        # All that is stored beside the codes: scales, signs, ranks that are fixed, and headers,
+        # All that is stored beside the codes: scales, signs, the least ranks, and headers,
         # which are longest when every layer has a rate of its own.
         rates = [LEAST_BITS + i * BIT_STEP for i in range(round(PROBE_HALF_WIDTH / BIT_STEP))]
         spread = dict(zip(self.sites, itertools.cycle(rates), strict=False))
         base = {
-            name: self.recipe(name, Choice(spread[name], self._least_rank(name)))
+            name: self.offers.recipe(name, Choice(spread[name], self._least_rank(name, probes)))
             for name in self.sites
         }
         shapes = {name: site.shape for name, site in self.sites.items()}
@@ -224,57 +195,11 @@ class Allocator:
             tuple(models), solution, dict(zip(self.sites, range(len(models)), strict=True))
         )
 
-    def _menu(self, name: str, proposal: Proposal) -> list[Choice]:
-        """Rates around the proposal, with the probed rank where the program buys one."""
-        wishes = wishes_of(self.job.settings, name)
-        if wishes.bits is not None:
-            return []
-        members = next((tie for tie in self.ties if name in tie), (name,))
-        total = sum(self.weights[member] for member in members)
-        centre = sum(self.weights[m] * proposal.bits(m) for m in members) / total
-        factors = sum(self.weights[m] * proposal.factor_bits(m) for m in members) / total
-        if wishes.rank is not None:
-            ranks = [min(wishes.rank, *self.sites[name].shape)]
-        elif self.job.settings.rank_menu is not None:
-            ranks = self._ranks(members)
-        else:
-            ranks = [0, *self._probed_rank(members)] if factors > 0 else [0]
-        # Without factors their bits go to the codes: both options are offered at one size.
-        centres = {rank: centre if rank else centre + factors for rank in ranks}
-        return [Choice(b, r) for r in ranks for b in sorted(self._rates_near(centres[r]))]
-
-    def _least_rank(self, name: str) -> int:
+    def _least_rank(self, name: str, probes: Mapping[str, list[Choice]]) -> int:
         """The rank that every option of a layer has at least."""
-        fixed = wishes_of(self.job.settings, name).rank
-        if fixed is not None:
-            return min(fixed, *self.sites[name].shape)
-        return self._ranks([name])[0]
-
-    def _probed_rank(self, members: Iterable[str]) -> list[int]:
-        """The rank that stands for "some": the dearer of the cheap ones, if there is any."""
-        return [rank for rank in self._ranks(members) if rank > 0][-1:]
-
-    def _ranks(self, members: Iterable[str]) -> list[int]:
-        """Ranks on offer for layers that share a format: 0 and those whose cost is small."""
-        shapes = [self.sites[member].shape for member in members]
-        most = min(min(shape) for shape in shapes)
-        if self.job.settings.rank_menu is not None:
-            return sorted({min(int(r), most) for r in parse_menu(self.job.settings.rank_menu)})
-        return list(min(menu_ranks(s, self.job.settings.factor_bits)[:3] for s in shapes))
-
-    def _offered(self, menu: list[Choice], probes: list[Choice]) -> list[Choice]:
-        """The options that the plan may choose: a menu that the user gave, else all measured."""
-        settings = self.job.settings
-        if menu and (settings.bits_menu is not None or settings.rank_menu is not None):
-            return sorted(set(menu))
-        return sorted({*menu, *probes})
-
-    def _rates_near(self, centre: float) -> set[float]:
-        """Rates around a proposal; of a menu that the user gave, the nearest few."""
-        if self.job.settings.bits_menu is None:
-            return {_on_grid(centre + step) for step in NEIGHBOURS}
-        menu = {_on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu)}
-        return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[: len(NEIGHBOURS)])
+        if len(probes[name]) == 1:
+            return probes[name][0].rank
+        return self.offers.ranks(self.offers.members(name))[0]
 
     def _curves(self, measured: PartialRun, offered: Mapping[str, list[Choice]]) -> Curves:
         groups = tuple(
@@ -284,7 +209,7 @@ class Allocator:
                 tuple(
                     Option(
                         choice.label,
-                        8 * layer_bytes(self.recipe(name, choice), self.sites[name].shape),
+                        8 * layer_bytes(self.offers.recipe(name, choice), self.sites[name].shape),
                         self._distortion(measured, name, choice),
                     )
                     for choice in choices
@@ -292,7 +217,7 @@ class Allocator:
             )
             for name, choices in offered.items()
         )
-        return Curves(groups, self.ties)
+        return Curves(groups, self.offers.ties)
 
     def _decide(
         self, curves: Curves, offered: Mapping[str, list[Choice]]
@@ -306,7 +231,7 @@ class Allocator:
         for left in reversed(range(HEADER_ROUNDS)):
             integer = allocate(curves, 8 * (budget - header))
             recipes = {
-                name: self.recipe(name, by_label[name][label])
+                name: self.offers.recipe(name, by_label[name][label])
                 for name, label in integer.choice.items()
             }
             size = planned_bytes(recipes, shapes)
@@ -343,11 +268,6 @@ class Allocator:
             if name not in done:
                 key = _key(name, choice)
                 self.run.put(name, measured.get(key), measured.record(key))
-
-
-def _on_grid(bits: float) -> float:
-    """The nearest rate on offer."""
-    return min(max(round(bits / BIT_STEP) * BIT_STEP, LEAST_BITS), MOST_BITS)
 
 
 def _key(name: str, choice: Choice) -> str:

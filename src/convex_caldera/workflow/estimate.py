@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from convex_caldera.calibrate.curvature_guided import GROUPS
 from convex_caldera.evaluate.table import plain_table
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.recipes.guided import group_count
 from convex_caldera.recipes.table import method as method_named
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
@@ -128,7 +128,8 @@ def _calibration_bytes(settings: Settings, skeleton: Skeleton) -> int:
         shapes = [site.shape for site in skeleton.sites]
         return sum(4 * (m * (m + 1) + n * (n + 1)) for m, n in shapes)
     if kind == "guided":
-        return sum(4 * GROUPS * s.shape[1] * (s.shape[1] + 1) for s in skeleton.sites)
+        shapes = [site.shape for site in skeleton.sites]
+        return sum(4 * group_count((m, n)) * n * (n + 1) for m, n in shapes)
     return 0
 
 

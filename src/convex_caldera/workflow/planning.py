@@ -19,9 +19,10 @@ from typing import Protocol, TypeVar
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError, ModelError, RecipeError
 from convex_caldera.models.patterns import match, select
-from convex_caldera.recipes.guided import keep_rows_apart
+from convex_caldera.recipes.guided import guided_recipe
 from convex_caldera.recipes.ladder import Method, Wishes
 from convex_caldera.recipes.scl import entropy_coded
+from convex_caldera.recipes.table import method as method_of
 from convex_caldera.storage.codec import recipe_layout
 from convex_caldera.storage.layers import LayerEntry, planned_shard_bytes
 from convex_caldera.workflow.fill import Rungs, fill_uniformly
@@ -172,7 +173,7 @@ def wishes_of(settings: Settings, name: str) -> Wishes:
     """What the user fixed for one layer: the options, overridden by the first pin that fits."""
     wishes = Wishes(
         settings.rank,
-        settings.factor_bits,
+        settings.factor_bits or method_of(settings.method).factor_bits,
         settings.group_size,
         format=settings.format,
         factor_format=settings.factor_format,
@@ -205,12 +206,19 @@ def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Setting
         if getattr(settings, key) and not method.allocates:
             raise RecipeError(f"{method.name} allocates nothing; leave out {key.replace('_', ' ')}")
     given = {key for _, pinned in pins for key in pinned}
-    optional = ("rank", "group_size", "format", "factor_format", "bucket", "latent", "order")
+    optional = (
+        "rank",
+        "factor_bits",
+        "group_size",
+        "format",
+        "factor_format",
+        "bucket",
+        "latent",
+        "order",
+    )
     optional += CODEBOOK_WISHES
     given |= {key for key in optional if getattr(settings, key) is not None}
     given |= {"neural"} if settings.neural else set()
-    if settings.factor_bits != Wishes().factor_bits:
-        given.add("factor_bits")
     for key in sorted(given & set(_TELLING)):
         one, other = _TELLING[key]
         if method.ladder(sites[0].shape, one) == method.ladder(sites[0].shape, other):
@@ -325,7 +333,7 @@ def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recip
         menu = [wishes]
     recipes = [recipe for wish in menu for recipe in method.ladder(site.shape, wish)]
     if settings.curvature == "guided":
-        recipes = [keep_rows_apart(recipe) for recipe in recipes]
+        recipes = [guided_recipe(recipe, site.shape) for recipe in recipes]
     if settings.coder is not None:
         recipes = [entropy_coded(recipe, settings.coder) for recipe in recipes]
     by_size: dict[int, Recipe] = {layer_bytes(r, site.shape): r for r in recipes}

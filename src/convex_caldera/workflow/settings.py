@@ -42,7 +42,7 @@ class Settings(BaseModel):
     size: str | None = None
     ratio: str | None = None
     rank: Annotated[int, Field(ge=0)] | None = None
-    factor_bits: Literal[2, 3, 4, 16] = 4
+    factor_bits: Literal[2, 3, 4, 16] | None = None
     group_size: Annotated[int, Field(ge=-1)] | None = None
     format: str | None = None
     factor_format: str | None = None

@@ -1,0 +1,185 @@
+"""Which options of a layer are fitted: two probes, then a few around what the program proposes.
+
+A rank is chosen before anything is fitted, by the spectrum (`allocate.rank_energy`): the one
+where u_r + k rho_r is least, which does not depend on the budget. The probes measure two rates at
+that rank; the menu holds three rates around the proposed one, the neighbouring ranks that the
+spectrum finds almost as good and rank 0, each of these at the same total size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from convex_caldera.allocate.menu import Floats
+from convex_caldera.allocate.rank_energy import factor_noise, log_energies
+from convex_caldera.allocate.surrogate import HIGH_RATE_DECAY
+from convex_caldera.core.recipe import Recipe
+from convex_caldera.recipes.convex import (
+    BIT_STEP,
+    LEAST_BITS,
+    MOST_BITS,
+    convex_caldera_recipe,
+    menu_ranks,
+)
+from convex_caldera.recipes.guided import guided_recipe
+from convex_caldera.workflow.job import Job
+from convex_caldera.workflow.planning import layer_bytes, ties_of, wishes_of
+from convex_caldera.workflow.proposal import Proposal
+from convex_caldera.workflow.settings import parse_menu
+
+# Rates offered around the proposed one, and those probed around the target, in bits per weight.
+NEIGHBOURS = (-0.25, 0.0, 0.25)
+PROBE_HALF_WIDTH = 0.5
+# What must be left for codes beside the factors, above the least rate.
+ROOM_FOR_CODES = 0.25
+# A neighbouring rank is fitted if the spectrum finds it at most this much worse (log loss).
+ALMOST_AS_GOOD = 0.05
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """One option of the menu: code bits per weight and rank."""
+
+    bits: float
+    rank: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.bits:g}b r{self.rank}" if self.rank else f"{self.bits:g}b"
+
+
+class Offers:
+    """Options of all layers of a job; `spectra` are the squared singular values of each W."""
+
+    def __init__(self, job: Job, spectra: Mapping[str, Floats]):
+        self.job, self.spectra = job, spectra
+        self.sites = {site.name: site for site in job.sites}
+        self.weights = {name: s.shape[0] * s.shape[1] for name, s in self.sites.items()}
+        self.ties = ties_of(job.settings.tie, job.sites)
+        self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
+
+    def recipe(self, name: str, choice: Choice) -> Recipe:
+        """The recipe of an option."""
+        factor_bits = wishes_of(self.job.settings, name).factor_bits
+        recipe = convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
+        guided = self.job.curvature == "guided"
+        return guided_recipe(recipe, self.sites[name].shape) if guided else recipe
+
+    def probes(self, name: str) -> list[Choice]:
+        """Two rates around the target, at the rank that the spectrum favours."""
+        wishes = wishes_of(self.job.settings, name)
+        if wishes.bits is not None:
+            return [Choice(on_grid(wishes.bits), wishes.rank or 0)]
+        members = self.members(name)
+        rank = self._favoured(members)
+        low = on_grid(self.target - self._shared_costs(members)[rank] - PROBE_HALF_WIDTH)
+        high = on_grid(low + 2 * PROBE_HALF_WIDTH)
+        low = low if low < high else on_grid(high - 2 * PROBE_HALF_WIDTH)
+        return [Choice(low, rank), Choice(high, rank)]
+
+    def menu(self, name: str, proposal: Proposal) -> list[Choice]:
+        """Rates around the proposal, and other ranks at its size."""
+        if wishes_of(self.job.settings, name).bits is not None:
+            return []
+        members = self.members(name)
+        total = sum(self.weights[member] for member in members)
+        bits = sum(self.weights[m] * proposal.bits(m) for m in members) / total
+        factors = sum(self.weights[m] * proposal.factor_bits(m) for m in members) / total
+        costs = self._shared_costs(members)
+        rank = min(costs, key=lambda r: (abs(costs[r] - factors), r))
+        size = bits + factors
+        choices = {Choice(b, rank) for b in self._rates_near(size - costs[rank])}
+        for other in self._other_ranks(members, rank):
+            centre = size - costs[other]
+            choices.add(Choice(min(self._rates_near(centre), key=lambda b: abs(b - centre)), other))
+        return sorted(choices)
+
+    def offered(self, menu: Sequence[Choice], probes: Sequence[Choice]) -> list[Choice]:
+        """The options that the plan may choose: a menu that the user gave, else all measured."""
+        settings = self.job.settings
+        if menu and (settings.bits_menu is not None or settings.rank_menu is not None):
+            return sorted(set(menu))
+        return sorted({*menu, *probes})
+
+    def ranks(self, members: Iterable[str]) -> list[int]:
+        """Ranks on offer for layers that share a format, rising."""
+        members, settings = list(members), self.job.settings
+        most = min(min(self.sites[member].shape) for member in members)
+        fixed = wishes_of(settings, members[0]).rank
+        if fixed is not None:
+            return [min(fixed, most)]
+        if settings.rank_menu is not None:
+            return sorted({min(int(r), most) for r in parse_menu(settings.rank_menu)})
+        grids = (self._roomy_ranks(member) for member in members)
+        return list(min(grids, key=len))
+
+    def factor_bits(self, name: str, ranks: Sequence[int]) -> list[float]:
+        """What each rank's factors take, in bits per weight, scales and all."""
+        shape = self.sites[name].shape
+        without = layer_bytes(self.recipe(name, Choice(LEAST_BITS)), shape)
+        sizes = (layer_bytes(self.recipe(name, Choice(LEAST_BITS, r)), shape) for r in ranks)
+        return [8 * (size - without) / self.weights[name] for size in sizes]
+
+    def log_energies(self, name: str, ranks: Sequence[int]) -> list[float]:
+        """What each rank leaves of a layer's energy, as a logarithm."""
+        noise = factor_noise(wishes_of(self.job.settings, name).factor_bits)
+        return log_energies(self.spectra[name], ranks, noise)
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The layers that share this one's format, itself included."""
+        return next((tie for tie in self.ties if name in tie), (name,))
+
+    def _roomy_ranks(self, name: str) -> tuple[int, ...]:
+        """The grid of ranks, as far as the budget leaves room for codes beside them."""
+        room = self.target - LEAST_BITS - ROOM_FOR_CODES
+        factor_bits = wishes_of(self.job.settings, name).factor_bits
+        grid = menu_ranks(self.sites[name].shape, factor_bits)
+        costs = self.factor_bits(name, grid)
+        return tuple(r for r, cost in zip(grid, costs, strict=True) if r == 0 or cost <= room)
+
+    def _shared_costs(self, members: Sequence[str]) -> dict[int, float]:
+        """Factor bits per weight of each rank on offer, over all members."""
+        ranks = self.ranks(members)
+        total = sum(self.weights[m] for m in members)
+        rows = [self.weights[m] * np.array(self.factor_bits(m, ranks)) for m in members]
+        return dict(zip(ranks, (np.sum(rows, axis=0) / total).tolist(), strict=True))
+
+    def _worth(self, members: Sequence[str]) -> dict[int, float]:
+        """u_r + k rho_r of each rank on offer, averaged over members; the least is best."""
+        costs = self._shared_costs(members)
+        total = sum(self.weights[m] for m in members)
+        rows = [self.weights[m] * np.array(self.log_energies(m, list(costs))) for m in members]
+        energies = (np.sum(rows, axis=0) / total).tolist()
+        return {
+            rank: energy + HIGH_RATE_DECAY * cost
+            for (rank, cost), energy in zip(costs.items(), energies, strict=True)
+        }
+
+    def _favoured(self, members: Sequence[str]) -> int:
+        worth = self._worth(members)
+        return min(worth, key=lambda rank: (worth[rank], rank))
+
+    def _other_ranks(self, members: Sequence[str], rank: int) -> list[int]:
+        """Rank 0, and the neighbours that the spectrum finds almost as good; a whole given menu."""
+        worth = self._worth(members)
+        if self.job.settings.rank_menu is not None:
+            return [r for r in worth if r != rank]
+        ranks = list(worth)
+        near = ranks[max(ranks.index(rank) - 1, 0) : ranks.index(rank) + 2]
+        limit = min(worth.values()) + ALMOST_AS_GOOD
+        return [r for r in ranks if r != rank and (r == 0 or (r in near and worth[r] <= limit))]
+
+    def _rates_near(self, centre: float) -> set[float]:
+        """Rates around a proposal; of a menu that the user gave, the nearest few."""
+        if self.job.settings.bits_menu is None:
+            return {on_grid(centre + step) for step in NEIGHBOURS}
+        menu = {on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu)}
+        return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[: len(NEIGHBOURS)])
+
+
+def on_grid(bits: float) -> float:
+    """The nearest rate on offer."""
+    return min(max(round(bits / BIT_STEP) * BIT_STEP, LEAST_BITS), MOST_BITS)
