@@ -73,6 +73,14 @@ def test_no_program_where_nothing_costs_anything():
         check_layer_program("x", None, W, H, LOSS, PRICE)
 
 
+@pytest.mark.parametrize("share", [1e-13, 1e-6, 3.0])
+def test_losses_of_any_size_have_a_program(share):
+    W, H = data()
+    loss = share * float(((W @ H) * W).sum())
+    record = solved(W, H, loss, loss / W.size)
+    assert check_layer_program("x", record, W, H, loss, loss / W.size).gap <= 1e-5
+
+
 def test_singular_curvature_has_a_program():
     W, H = data()
     H[:, :5] = H[:5] = 0.0

@@ -6,7 +6,7 @@ is the program of program.py with c = 0 and the bits fixed, so that s = lambda /
 holds Z as factors in float16; the rest of the point is rebuilt here in doubles, and *then* taken
 as exact, since any will do:
 
-    R = (W - Z) H (2 s I + H)^-1,      E0 = W - Z - R,      Y = E0 H = U diag(sigma) V^T,
+    E0 = 2 s (W - Z) (2 s I + H)^-1,   R = W - Z - E0,      Y = E0 H = U diag(sigma) V^T,
     E = E0 - U diag(w) U^T E0,         w = 1 - mu / sigma for the leading rank(Z) values and all
                                        others above mu, else 0.
 
@@ -119,7 +119,7 @@ def _point(
     return {
         f"{name}.left": left,
         f"{name}.right": right,
-        f"{name}.residual": rest - misfit,
+        f"{name}.misfit": misfit,
         f"{name}.dual_left": vectors,
         f"{name}.dual_weights": weights,
     }

@@ -81,7 +81,8 @@ def check_program(
 
     Args:
         record: as `docs/certificate.md` section 5 lays it out.
-        tensors: float64, "<name>.left" and so on.
+        tensors: float64, "<name>.left" and so on; "<name>.misfit", E0, may stand in for
+            "<name>.residual", which loses it where it is small.
         weights: W (m, n) of every group.
         hessians: H (n, n) of every group, the matrix that was solved under, damping included.
 
@@ -147,7 +148,10 @@ def _read(
     m, n = weights[name].shape
     k = len(tensors[f"{name}.dual_weights"]) if f"{name}.dual_weights" in tensors else 0
     shapes = ((m, rank), (rank, n), (m, n), (m, k), (k,))
-    for key, shape in zip(TENSORS, shapes, strict=True):
+    given = dict(zip(TENSORS, shapes, strict=True))
+    if f"{name}.misfit" in tensors:
+        given["misfit"] = given.pop("residual")
+    for key, shape in given.items():
         value = tensors.get(f"{name}.{key}")
         if value is None or value.shape != shape or not np.isfinite(value).all():
             raise FormatError(f"{where}: {key} must be finite and {shape}")
@@ -176,12 +180,16 @@ def proved_semidefinite(H: Floats, where: str) -> Floats:
 
 def _values(group: _Group, penalty: bool, price: Decimal) -> tuple[Decimal, Decimal]:
     """A number above the group's share of the primal value, and one below of the dual's."""
-    left, right, R = (group.tensors[key] for key in ("left", "right", "residual"))
-    Z = left @ right
-    rest = group.W - Z
-    E0 = rest - R
+    left, right = group.tensors["left"], group.tensors["right"]
+    rest = group.W - left @ right
+    if "misfit" in group.tensors:
+        E0 = group.tensors["misfit"]
+        R = rest - E0
+    else:
+        R = group.tensors["residual"]
+        E0 = rest - R
     moved = gamma(left.shape[1]) * norm_above(left) * norm_above(right)
-    moved += 2 * UNIT * (norm_above(rest) + norm_above(E0))
+    moved += 2 * UNIT * (norm_above(rest) + norm_above(E0) + norm_above(R))
     above = _primal(group, penalty, E0, norm_above(R) + moved)
     A, w = group.tensors["dual_left"], group.tensors["dual_weights"]
     E = float(group.numbers["dual_scale"]) * (E0 - A @ (w[:, None] * (A.T @ E0)))
