@@ -275,6 +275,11 @@ def nearer_the_limit(f: Forger) -> None:
     ) - 10 * f.share()
 
 
+def no_surrogate(f: Forger) -> None:
+    """A convex program whose gap would show is left out."""
+    f.certificate["surrogate"] = None
+
+
 def smaller_reserve(f: Forger) -> None:
     """Less set aside for headers than they take: the bound of a budget that nobody has."""
     taken = f.random.randint(1, 8)
@@ -432,6 +437,7 @@ CLAIMS: tuple[Callable[[Forger], None], ...] = (
     lower_primal,
     other_dual_price,
     other_solution,
+    no_surrogate,
     smaller_reserve,
     no_certificate,
     other_words,
