@@ -21,6 +21,7 @@ PUBLIC = [
     "Problem",
     "Quantize",
     "Recipe",
+    "SCLQuantizationParams",
     "__version__",
     "compress",
     "evaluate_models",
@@ -34,6 +35,7 @@ PUBLIC = [
     "plot_loss_vs_rank",
     "plot_singular_value_spectra",
     "plot_singular_values_comparison",
+    "scl_quantize",
     "verify",
 ]
 # Names that the rooms offer to those who build on this library.
@@ -45,9 +47,11 @@ ROOMS = {
         "CalderaParams",
         "ConvexCalderaParams",
         "QuantizerFactory",
+        "SCLQuantizationParams",
         "caldera",
         "convex_caldera",
         "evaluate_compression",
+        "scl_quantize",
     ],
     "convex_caldera.errors": ["ConvexCalderaError", "InfeasibleBudgetError", "FormatError"],
     "convex_caldera.recipes.table": ["METHODS", "method"],

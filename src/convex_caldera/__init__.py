@@ -18,6 +18,8 @@ from convex_caldera.runtime.hook import install as _install
 
 if TYPE_CHECKING:
     from convex_caldera.certify import verify as verify
+    from convex_caldera.compat.scl import SCLQuantizationParams as SCLQuantizationParams
+    from convex_caldera.compat.scl import scl_quantize as scl_quantize
     from convex_caldera.core.hessian import Hessian as Hessian
     from convex_caldera.core.problem import Problem as Problem
     from convex_caldera.core.recipe import FactorCoding as FactorCoding
@@ -63,6 +65,7 @@ _HOME = {
     "Problem": ("core.problem", "Problem"),
     "Quantize": ("core.recipe", "Quantize"),
     "Recipe": ("core.recipe", "Recipe"),
+    "SCLQuantizationParams": ("compat.scl", "SCLQuantizationParams"),
     "compress": ("workflow.api", "compress"),
     "evaluate_models": ("workflow.evaluating", "evaluate_models"),
     "fit_layer": ("fit.backfit", "fit_layer"),
@@ -75,6 +78,7 @@ _HOME = {
     "plot_loss_vs_rank": ("report.mission", "plot_loss_vs_rank"),
     "plot_singular_value_spectra": ("report.mission", "plot_singular_value_spectra"),
     "plot_singular_values_comparison": ("report.mission", "plot_singular_values_comparison"),
+    "scl_quantize": ("compat.scl", "scl_quantize"),
     "verify": ("certify", "verify"),
 }
 

@@ -2,6 +2,7 @@
 
     from convex_caldera.compat import CalderaParams, QuantizerFactory, caldera
     from convex_caldera.compat import ConvexCalderaParams, convex_caldera, evaluate_compression
+    from convex_caldera.compat import SCLQuantizationParams, scl_quantize
 
 Differences from the original code are deliberate and few; each module lists its own.
 """
@@ -30,3 +31,6 @@ from convex_caldera.compat.metrics import compute_relative_loss as compute_relat
 from convex_caldera.compat.metrics import compute_singular_values as compute_singular_values
 from convex_caldera.compat.metrics import compute_stable_rank as compute_stable_rank
 from convex_caldera.compat.metrics import evaluate_compression as evaluate_compression
+from convex_caldera.compat.scl import SCLQuantizationParams as SCLQuantizationParams
+from convex_caldera.compat.scl import SCLQuantizationResult as SCLQuantizationResult
+from convex_caldera.compat.scl import scl_quantize as scl_quantize
