@@ -1,7 +1,7 @@
 """Convex allocation of bits and rank over a whole model, with its certificate.
 
     spectra    singular values of every layer: what each rank would leave of it
-    probe      every layer at two rates, with the real quantizer
+    probe      every layer at one rate or two, with the real quantizer
     propose    the convex program on the fitted curves: a rate and a rank for each layer
     measure    the few options around each proposal, with the real quantizer
     decide     one option per layer by its measured loss under the byte budget, with a bound
@@ -25,7 +25,7 @@ from convex_caldera.allocate.menu import Floats, build_menus
 from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.plan import allocate, certify_choice
 from convex_caldera.allocate.rank_energy import spectrum
-from convex_caldera.allocate.surrogate import RateModel, fit_decay, solve_surrogate
+from convex_caldera.allocate.surrogate import HIGH_RATE_DECAY, RateModel, solve_surrogate
 from convex_caldera.errors import InfeasibleBudgetError
 from convex_caldera.models.sites import Site
 from convex_caldera.recipes.convex import BIT_STEP, LEAST_BITS, MOST_BITS
@@ -35,7 +35,7 @@ from convex_caldera.workflow.certifying import certificate_of
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS, GradientCurvatures
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
-from convex_caldera.workflow.offers import PROBE_HALF_WIDTH, Choice, Offers
+from convex_caldera.workflow.offers import Choice, Offers
 from convex_caldera.workflow.planning import Plan, layer_bytes, planned_bytes
 from convex_caldera.workflow.progress import Progress
 from convex_caldera.workflow.proposal import Proposal
@@ -43,6 +43,10 @@ from convex_caldera.workflow.sequential import in_order
 
 # Header bytes depend on the plan and the plan on what they leave; a few rounds settle both.
 HEADER_ROUNDS = 8
+# Headers are planned for as many different rates, more than a plan has.
+HEADER_RATES = 8
+# A layer that does not react to its rate falls by this much a bit: any falling curve will do.
+LEAST_DECAY = 1e-6
 
 
 class Allocator:
@@ -151,35 +155,53 @@ class Allocator:
         mean = sum(logs.values()) / max(len(logs), 1)
         return {name: math.exp(0.5 * (logs.get(name, mean) + mean)) for name in probes}
 
-    def _rate_model(self, measured: PartialRun, name: str, probes: list[Choice]) -> RateModel:
-        """c and k from the two rates, and from the spectrum what every rank saves and costs."""
-        low, high = probes[0], probes[-1]
-        at_low = max(self._distortion(measured, name, low), 1e-300)
-        if low == high:
-            bits, scale, decay = (low.bits, low.bits), at_low, 1.0
-        else:
-            at_high = max(self._distortion(measured, name, high), 1e-300)
-            bits = (LEAST_BITS, MOST_BITS)
-            if at_high >= at_low:  # a layer that does not react: any falling curve will do
-                scale, decay = at_low, 1e-6
-            else:
-                scale, decay = fit_decay([low.bits, high.bits], [at_low, at_high])
-        ranks = self.offers.ranks(self.offers.members(name)) if low != high else [low.rank]
+    def _rate_models(
+        self, measured: PartialRun, probes: Mapping[str, list[Choice]]
+    ) -> tuple[RateModel, ...]:
+        """c from each layer's probe, k of two rates or as it is on average elsewhere."""
+        logs = {
+            name: [(c.bits, self._log_distortion(measured, name, c)) for c in choices]
+            for name, choices in probes.items()
+        }
+        falls = {
+            name: (low[1] - high[1]) / (high[0] - low[0])
+            for name, (low, high) in ((n, v) for n, v in logs.items() if len(v) == 2)
+        }
+        seen = [max(fall, LEAST_DECAY) for fall in falls.values()]
+        usual = sum(seen) / len(seen) if seen else HIGH_RATE_DECAY
+        return tuple(
+            self._rate_model(
+                name, probes[name], logs[name], max(falls.get(name, usual), LEAST_DECAY)
+            )
+            for name in self.sites
+        )
+
+    def _rate_model(
+        self, name: str, probes: list[Choice], logs: list[tuple[float, float]], decay: float
+    ) -> RateModel:
+        """c and k from what was measured; from the spectrum, what every rank saves and costs."""
+        rank, fixed = probes[0].rank, self.offers.is_pinned(name)
+        ranks = [rank] if fixed else self.offers.ranks(self.offers.members(name))
         costs = np.array(self.offers.factor_bits(name, ranks))
         energies = np.array(self.offers.log_energies(name, ranks))
         # The probes were made at one rank; c is the scale at the least one, where rho is 0.
-        scale *= math.exp(energies[0] - energies[ranks.index(low.rank)])
+        shift = energies[0] - energies[ranks.index(rank)]
+        scale = math.exp(sum(d + decay * b for b, d in logs) / len(logs) + shift)
+        bits = (probes[0].bits, probes[0].bits) if fixed else (LEAST_BITS, MOST_BITS)
         return RateModel(
             name, self.weights[name], 1.0, scale, decay, bits,
             tuple((costs - costs[0]).tolist()), tuple((energies - energies[0]).tolist()),
         )  # fmt: skip
 
+    def _log_distortion(self, measured: PartialRun, name: str, choice: Choice) -> float:
+        return math.log(max(self._distortion(measured, name, choice), 1e-300))
+
     def _propose(self, measured: PartialRun, probes: Mapping[str, list[Choice]]) -> Proposal:
         """Rates and factor bits of every layer by the convex program."""
-        models = [self._rate_model(measured, name, probes[name]) for name in self.sites]
+        models = self._rate_models(measured, probes)
         # All that is stored beside the codes: scales, signs, the least ranks, and headers,
         # which are longest when every layer has a rate of its own.
-        rates = [LEAST_BITS + i * BIT_STEP for i in range(round(PROBE_HALF_WIDTH / BIT_STEP))]
+        rates = [LEAST_BITS + i * BIT_STEP for i in range(HEADER_RATES)]
         spread = dict(zip(self.sites, itertools.cycle(rates), strict=False))
         base = {
             name: self.offers.recipe(name, Choice(spread[name], self._least_rank(name, probes)))
@@ -191,13 +213,11 @@ class Allocator:
         budget = 8 * self.job.budget.compressed_bytes - side
         least = sum(model.bits[0] * model.weights for model in models)
         solution = solve_surrogate(models, max(float(budget), least))
-        return Proposal(
-            tuple(models), solution, dict(zip(self.sites, range(len(models)), strict=True))
-        )
+        return Proposal(models, solution, dict(zip(self.sites, range(len(models)), strict=True)))
 
     def _least_rank(self, name: str, probes: Mapping[str, list[Choice]]) -> int:
         """The rank that every option of a layer has at least."""
-        if len(probes[name]) == 1:
+        if self.offers.is_pinned(name):
             return probes[name][0].rank
         return self.offers.ranks(self.offers.members(name))[0]
 

@@ -1,13 +1,16 @@
-"""Which options of a layer are fitted: two probes, then a few around what the program proposes.
+"""Which options of a layer are fitted: a probe, then a few around what the program proposes.
 
 A rank is chosen before anything is fitted, by the spectrum (`allocate.rank_energy`): the one
-where u_r + k rho_r is least, which does not depend on the budget. The probes measure two rates at
-that rank; the menu holds three rates around the proposed one, the neighbouring ranks that the
-spectrum finds almost as good and rank 0, each of these at the same total size.
+where u_r + k rho_r is least, which does not depend on the budget. The probe measures what a rate
+costs at that rank; how fast that falls with the rate is the quantizer's law more than the
+layer's, and is measured by a second probe of some layers only. The menu holds two rates around
+the proposed one, and other ranks that the spectrum finds almost as good, rank 0 among them, at
+the same total size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,13 +33,16 @@ from convex_caldera.workflow.planning import layer_bytes, ties_of, wishes_of
 from convex_caldera.workflow.proposal import Proposal
 from convex_caldera.workflow.settings import parse_menu
 
-# Rates offered around the proposed one, and those probed around the target, in bits per weight.
-NEIGHBOURS = (-0.25, 0.0, 0.25)
-PROBE_HALF_WIDTH = 0.5
+# Rates offered around the proposed one, in bits per weight; how many of a menu that was given.
+NEIGHBOURS = (-0.125, 0.125)
+NEAREST_OF_MENU = 3
+# The second probe is this much dearer than the first; one layer in so many has one.
+PROBE_WIDTH, PROBE_STRIDE = 0.75, 4
 # What must be left for codes beside the factors, above the least rate.
 ROOM_FOR_CODES = 0.25
-# A neighbouring rank is fitted if the spectrum finds it at most this much worse (log loss).
-ALMOST_AS_GOOD = 0.05
+# Another rank is fitted if the spectrum finds it at most this much worse (log loss); rank 0 is
+# what a layer without a low-rank term would be, and is given more benefit of the doubt.
+ALMOST_AS_GOOD, NO_RANK_ALMOST_AS_GOOD = 0.05, 0.2
 
 
 @dataclass(frozen=True, order=True)
@@ -69,20 +75,21 @@ class Offers:
         return guided_recipe(recipe, self.sites[name].shape) if guided else recipe
 
     def probes(self, name: str) -> list[Choice]:
-        """Two rates around the target, at the rank that the spectrum favours."""
+        """A rate near the target at the rank that the spectrum favours; sometimes a higher too."""
         wishes = wishes_of(self.job.settings, name)
         if wishes.bits is not None:
             return [Choice(on_grid(wishes.bits), wishes.rank or 0)]
         members = self.members(name)
         rank = self._favoured(members)
-        low = on_grid(self.target - self._shared_costs(members)[rank] - PROBE_HALF_WIDTH)
-        high = on_grid(low + 2 * PROBE_HALF_WIDTH)
-        low = low if low < high else on_grid(high - 2 * PROBE_HALF_WIDTH)
-        return [Choice(low, rank), Choice(high, rank)]
+        near = on_grid(self.target - self._shared_costs(members)[rank])
+        if list(self.sites).index(members[0]) % PROBE_STRIDE:
+            return [Choice(near, rank)]
+        low = on_grid(min(near, MOST_BITS - PROBE_WIDTH) - PROBE_WIDTH / 2)
+        return [Choice(low, rank), Choice(low + PROBE_WIDTH, rank)]
 
     def menu(self, name: str, proposal: Proposal) -> list[Choice]:
         """Rates around the proposal, and other ranks at its size."""
-        if wishes_of(self.job.settings, name).bits is not None:
+        if self.is_pinned(name):
             return []
         members = self.members(name)
         total = sum(self.weights[member] for member in members)
@@ -94,8 +101,12 @@ class Offers:
         choices = {Choice(b, rank) for b in self._rates_near(size - costs[rank])}
         for other in self._other_ranks(members, rank):
             centre = size - costs[other]
-            choices.add(Choice(min(self._rates_near(centre), key=lambda b: abs(b - centre)), other))
+            choices.add(Choice(self._rate_at(centre), other))
         return sorted(choices)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the user fixed the layer's rate, which leaves one option."""
+        return wishes_of(self.job.settings, name).bits is not None
 
     def offered(self, menu: Sequence[Choice], probes: Sequence[Choice]) -> list[Choice]:
         """The options that the plan may choose: a menu that the user gave, else all measured."""
@@ -170,14 +181,22 @@ class Offers:
         ranks = list(worth)
         near = ranks[max(ranks.index(rank) - 1, 0) : ranks.index(rank) + 2]
         limit = min(worth.values()) + ALMOST_AS_GOOD
-        return [r for r in ranks if r != rank and (r == 0 or (r in near and worth[r] <= limit))]
+        near = [r for r in near if r not in (0, rank) and worth[r] <= limit]
+        none = [0] if worth.get(0, math.inf) <= limit + NO_RANK_ALMOST_AS_GOOD else []
+        return near + [r for r in none if r != rank]
 
     def _rates_near(self, centre: float) -> set[float]:
         """Rates around a proposal; of a menu that the user gave, the nearest few."""
         if self.job.settings.bits_menu is None:
             return {on_grid(centre + step) for step in NEIGHBOURS}
         menu = {on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu)}
-        return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[: len(NEIGHBOURS)])
+        return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[:NEAREST_OF_MENU])
+
+    def _rate_at(self, centre: float) -> float:
+        """The rate on offer that is nearest."""
+        if self.job.settings.bits_menu is None:
+            return on_grid(centre)
+        return min(self._rates_near(centre), key=lambda bits: (abs(bits - centre), bits))
 
 
 def on_grid(bits: float) -> float:
