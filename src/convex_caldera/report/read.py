@@ -191,6 +191,8 @@ def _layer(name: str, table: Table) -> LayerRow:
         loss=table.number("loss"),
         relative_loss=table.number("relative_loss"),
         stored_bytes=table.count("stored_bytes"),
+        nominal_bits=table.number_or_none("nominal_bits"),
+        entropy_bits=table.number_or_none("entropy_bits"),
     )
 
 

@@ -18,7 +18,8 @@ class LayerRow:
     """One compressed layer.
 
     `bits` are stored bits per original weight without the shard's header; `loss` is
-    tr(E H E^T), `relative_loss` the same over tr(W H W^T). What follows `stored_bytes` comes
+    tr(E H E^T), `relative_loss` the same over tr(W H W^T). `nominal_bits` and `entropy_bits` are
+    width and entropy of the codes alone, per weight. What follows these comes
     from the certificate: the option chosen, the distance in bits from the reverse-waterfilling
     limit, the relative duality gap of the layer's low-rank program, and the KL in nats per token
     of this layer alone, predicted; measured, if `convex-caldera measure` has run.
@@ -32,6 +33,8 @@ class LayerRow:
     loss: float
     relative_loss: float
     stored_bytes: int
+    nominal_bits: float | None = None
+    entropy_bits: float | None = None
     label: str | None = None
     gap_bits: float | None = None
     program_gap: float | None = None

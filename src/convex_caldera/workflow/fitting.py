@@ -16,6 +16,7 @@ from convex_caldera.fit.backfit import Fit, fit_layer
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.recipes.records import to_record
+from convex_caldera.workflow.code_rates import code_rates
 from convex_caldera.workflow.curvatures import Curvatures
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class Fitter:
             "input_site": site.input_site,
             "stored_bytes": fit.layer.stored_bytes(),
             "bits": 8 * fit.layer.stored_bytes() / weights,
+            **code_rates(fit.layer),
             "rank": fit.layer.rank,
             "loss": fit.loss,
             "relative_loss": fit.relative_loss,

@@ -1,4 +1,8 @@
-"""A compressed directory as a table, one line per layer."""
+"""A compressed directory as a table, one line per layer.
+
+Per weight, "nominal" is the width of the codes, "entropy" their empirical entropy, and "bits"
+all that is stored of the layer.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convex_caldera.evaluate.table import plain_table
+from convex_caldera.evaluate.table import MISSING, plain_table
 from convex_caldera.storage.read import Container, open_container
 from convex_caldera.storage.spec import Spec
 
-HEADINGS = ("layer", "shape", "terms", "bits", "rank", "relative loss", "ridge", "dead", "tokens")
+HEADINGS = (
+    "layer",
+    "shape",
+    "terms",
+    "nominal",
+    "entropy",
+    "bits",
+    "rank",
+    "relative loss",
+    "ridge",
+    "dead",
+    "tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,8 @@ class Inspection:
                 row["name"],
                 "x".join(map(str, row["shape"])),
                 row["terms"],
+                _rate(row["nominal_bits"]),
+                _rate(row["entropy_bits"]),
                 f"{row['bits']:.3f}",
                 str(row["rank"]),
                 f"{row['relative_loss']:.5f}",
@@ -75,7 +93,12 @@ def inspect_directory(directory: Path) -> Inspection:
 def _row(container: Container, name: str, record: dict[str, Any]) -> dict[str, Any]:
     _, spec = container.layers[name]
     kept = ("shape", "bits", "rank", "loss", "relative_loss", "ridge", "dead_channels", "tokens")
-    return {"name": name, "terms": _terms(spec), **{key: record[key] for key in kept}}
+    rates = {key: record.get(key) for key in ("nominal_bits", "entropy_bits")}  # since 0.1
+    return {"name": name, "terms": _terms(spec), **rates, **{key: record[key] for key in kept}}
+
+
+def _rate(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
 
 
 def _terms(spec: Spec) -> str:
@@ -94,4 +117,5 @@ def _term(term: Spec) -> str:
 
 def _quantizer(term: Spec) -> str:
     record = term["quantizer"]
-    return f"{record['kind']} {record.get('bits', '')}".strip()
+    coder = f" {term['coder']['kind']}" if "coder" in term else ""
+    return f"{record['kind']} {record.get('bits', '')}".strip() + coder
