@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convex_caldera.storage.read import open_container
+from convex_caldera.workflow.sequential import windows_used
 from tests.workflow.killing import start
 from tests.workflow.running import NSAMPLES, SEQLEN, Ran, compress, run, snapshot
 
@@ -215,3 +216,11 @@ def test_vanishing_gradients_fall_back_if_the_recipe_says_so(
     assert 'curvature_fallback = "input"' in (out / "convex_caldera" / "recipe.toml").read_text()
     losses = [layer["loss"] for layer in report["layers"].values()]
     assert report["layers"][DEAD]["relative_loss"] > 0 and max(losses) > 0
+
+
+def test_moments_are_taken_over_enough_windows_and_no_more() -> None:
+    windows = torch.zeros(200, 256, dtype=torch.int64)
+    assert len(windows_used(windows, 384)) == 64
+    assert len(windows_used(windows, 2048)) == 128
+    assert len(windows_used(windows[:2], 384)) == 2
+    assert len(windows_used(torch.zeros(9, 65_536, dtype=torch.int64), 384)) == 3

@@ -9,24 +9,28 @@ that a resumed run sees the same blocks and ends with the same bytes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convex_caldera.calibrate.drift import Blend, DriftAccumulator, drift_target
+from convex_caldera.calibrate.drift import FOLD, Blend, DriftAccumulator, drift_target
 from convex_caldera.core.problem import Problem
 from convex_caldera.core.recipe import Recipe
-from convex_caldera.errors import RecipeError
+from convex_caldera.errors import RecipeError, ShapeError
 from convex_caldera.models.blocks import HiddenStates
-from convex_caldera.models.intercept import first_input
+from convex_caldera.models.intercept import ForwardStoppedError, first_input
 from convex_caldera.models.sites import Site
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.progress import Progress
+
+# Tokens that moments are taken over: this many, or so many for each column of the widest input.
+LEAST_TOKENS, TOKENS_PER_COLUMN = 16_384, 16
 
 
 def in_order(job: Job, fitter: Fitter, recipes: Mapping[str, Recipe], workers: int) -> InOrder:
@@ -65,26 +69,29 @@ class InOrder:
         Raises:
             DataError, NumericalError, ShapeError: as `calibrate.drift`.
 
-        Cost: beside the fits, a forward pass of both models for every input of a block and one
-        more. Memory: two blocks, and the hidden states of all samples twice.
+        Cost: beside the fits, one forward pass of the original and about three of the compressed
+        model. Memory: two blocks, and the hidden states and block inputs of the windows used.
         """
         skeleton = self.fitter.skeleton
         progress.start("layers", len(self.recipes) - len(run.done() & set(self.recipes)))
-        original = HiddenStates(skeleton, self.tokens)
-        compressed = HiddenStates(skeleton, self.tokens)
+        tokens = windows_used(self.tokens, max(s.shape[1] for s in skeleton.sites))
+        original = HiddenStates(skeleton, tokens)
+        compressed = HiddenStates(skeleton, tokens)
         total = len(skeleton.structure.blocks)
         for index in range(total):
             name = skeleton.structure.block_name(index)
+            groups = self._groups(index)
             with skeleton.loaded(name) as block:
                 changed = copy.deepcopy(block)
-                for sites in self._groups(index):
+                reads = _advance_reading(original, index, block, [g[0] for g in groups], name)
+                for sites in groups:
+                    read = reads.pop(sites[0].name)
                     if not all(site.name in run.done() for site in sites):
-                        drift = _drift(sites[0], (original, block), (compressed, changed), name)
+                        drift = _drift(sites[0], read, compressed, changed, name)
                         self._fit(sites, drift, run, progress)
                     for site in sites:
                         _put(changed, site, name, run.get(site.name).decode())
                 if index + 1 < total:
-                    original.advance(index, block)
                     compressed.advance(index, changed)
 
     def _groups(self, index: int) -> list[list[Site]]:
@@ -98,7 +105,7 @@ class InOrder:
     def _fit(
         self, sites: list[Site], drift: DriftAccumulator, run: PartialRun, progress: Progress
     ) -> None:
-        hessian = drift.inputs.finish().hessian() if self.by_inputs else None
+        hessian = drift.inputs().hessian() if self.by_inputs else None
 
         def work(site: Site) -> tuple[Any, Blend]:
             W = self.fitter.weight(site)
@@ -115,32 +122,74 @@ class InOrder:
             progress.advance(site.name)
 
 
-Side = tuple[HiddenStates, nn.Module]
+def windows_used(tokens: Tensor, widest: int) -> Tensor:
+    """The first windows, enough for the moments of the widest input."""
+    wanted = max(LEAST_TOKENS, TOKENS_PER_COLUMN * widest)
+    return tokens[: max(-(-wanted // tokens.shape[1]), FOLD)]
 
 
-def _drift(site: Site, original: Side, compressed: Side, block: str) -> DriftAccumulator:
-    """Moments of what a site reads in both models; nothing but the site's input is kept."""
-    drift = DriftAccumulator(site.input_site, site.shape[1], original[0].skeleton.device)
-    for batch in range(len(original[0])):
-        read = [_input_of(site, side, block, batch) for side in (original, compressed)]
-        drift.add(read[0], read[1], original[0].samples(batch))
+def _advance_reading(
+    states: HiddenStates, index: int, block: nn.Module, sites: list[Site], name: str
+) -> dict[str, list[Tensor]]:
+    """Run the original block on all batches; what the sites read, a list over batches each."""
+    reads: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    for batch in range(len(states)):
+        with _reading(block, sites, name) as found:
+            hidden = states.output(index, block, batch)
+        for site in sites:
+            reads[site.name].append(_whole(found[site.name], site))
+        states.put(batch, hidden)
+    return reads
+
+
+def _drift(
+    site: Site, read: list[Tensor], states: HiddenStates, block: nn.Module, name: str
+) -> DriftAccumulator:
+    """Moments of what a site reads in both models; the changed block runs up to the site."""
+    drift = DriftAccumulator(site.input_site, site.shape[1], states.skeleton.device)
+    for batch in range(len(states)):
+        with _reading(block, [site], name, stop=True) as found, suppress(ForwardStoppedError):
+            states.output(site.block, block, batch)
+        drift.add(read[batch], _whole(found[site.name], site), states.samples(batch))
     return drift
 
 
-def _input_of(site: Site, side: Side, block: str, batch: int) -> Tensor:
-    states, module = side
-    read: list[Tensor] = []
+@contextmanager
+def _reading(
+    block: nn.Module, sites: list[Site], name: str, stop: bool = False
+) -> Iterator[dict[str, list[Tensor]]]:
+    """What sites of a block read meanwhile; with `stop` the forward ends at the first read."""
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read.append(first_input(args, kwargs).detach())
+    def hook_of(site: Site) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[site.name].append(first_input(args, kwargs).detach())
+            if stop:
+                raise ForwardStoppedError
 
-    linear = module.get_submodule(site.name.removeprefix(f"{block}."))
-    handle = linear.register_forward_pre_hook(hook, with_kwargs=True)
+        return hook
+
+    handles = [
+        block.get_submodule(site.name.removeprefix(f"{name}.")).register_forward_pre_hook(
+            hook_of(site), with_kwargs=True
+        )
+        for site in sites
+    ]
     try:
-        states.output(site.block, module, batch)
+        yield found
     finally:
-        handle.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in read])
+        for handle in handles:
+            handle.remove()
+
+
+def _whole(found: list[Tensor], site: Site) -> Tensor:
+    """The first read of a site in a forward, (tokens, n)."""
+    if not found:
+        raise ShapeError(
+            f"{site.name}: sees a selection of the tokens (experts), and none of some windows; "
+            "use --targets original"
+        )
+    return found[0].reshape(-1, found[0].shape[-1])
 
 
 def _put(module: nn.Module, site: Site, block: str, W: Tensor) -> None:
