@@ -209,7 +209,10 @@ def test_vanishing_gradients_fall_back_if_the_recipe_says_so(
 ) -> None:
     out = tmp_path / "out"
     options = ("--curvature", "kronecker", "--curvature-fallback", "input")
-    report = done(compress(muted, out, text, *QTIP, *options), out)
+    ran = compress(muted, out, text, *QTIP, *options)
+    report = done(ran, out)
+    assert "gradients vanish in 3 layers" in ran.out
+    assert sorted(ran.json["input_curvature_only"]) == sorted(report["input_curvature_only"])
     assert sorted(n.rpartition(".")[2] for n in report["input_curvature_only"]) == [
         "k_proj", "q_proj", "v_proj",
     ]  # fmt: skip

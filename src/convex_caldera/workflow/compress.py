@@ -73,6 +73,7 @@ class Summary:
     seconds: float
     peak_memory_bytes: int
 
+    input_curvature_only: tuple[str, ...] = ()
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
         record["num_layers"] = record.pop("layers")
@@ -100,6 +101,11 @@ class Summary:
         if self.whole_model_in_memory:
             lines.append("note: the original was held whole in memory")
         return "\n".join(lines)
+        if self.input_curvature_only:
+            lines.append(
+                f"note: gradients vanish in {len(self.input_curvature_only)} layers, which were "
+                "rounded under their inputs alone"
+            )
 
 
 def compress_to(
@@ -277,6 +283,7 @@ def _summary(
     )
 
 
+        input_curvature_only=tuple(container.report().get("input_curvature_only", ())),
 def _allocation_summary(certificate: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     """The figures of the plan that scripts rely on."""
     plan, surrogate = certificate["plan"], certificate["surrogate"]
