@@ -72,8 +72,8 @@ class Summary:
     activations: str | None
     seconds: float
     peak_memory_bytes: int
-
     input_curvature_only: tuple[str, ...] = ()
+
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
         record["num_layers"] = record.pop("layers")
@@ -100,12 +100,12 @@ class Summary:
             )
         if self.whole_model_in_memory:
             lines.append("note: the original was held whole in memory")
-        return "\n".join(lines)
         if self.input_curvature_only:
             lines.append(
                 f"note: gradients vanish in {len(self.input_curvature_only)} layers, which were "
                 "rounded under their inputs alone"
             )
+        return "\n".join(lines)
 
 
 def compress_to(
@@ -280,10 +280,10 @@ def _summary(
         activations=job.settings.activations,
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        input_curvature_only=tuple(container.report().get("input_curvature_only", ())),
     )
 
 
-        input_curvature_only=tuple(container.report().get("input_curvature_only", ())),
 def _allocation_summary(certificate: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
     """The figures of the plan that scripts rely on."""
     plan, surrogate = certificate["plan"], certificate["surrogate"]
