@@ -19,8 +19,10 @@ from convex_caldera.quantizers.lloyd_max import LloydMax
 from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.neural import Neural
 from convex_caldera.quantizers.normal_float import NormalFloat
+from convex_caldera.quantizers.strip_order import StripOrder
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
+from convex_caldera.recipes.adaptive import reallm_menu
 from convex_caldera.recipes.autoencoder import reallm_ae_recipe
 from convex_caldera.recipes.convex import convex_caldera_recipe, menu_ranks, rates, trellis_recipe
 from convex_caldera.recipes.ladder import Wishes
@@ -117,6 +119,12 @@ HAND_BUILT = {
                 Quantize(DoubleScale(KMeans(2, 4, -1, iterations=20), 64), "full", sweeps=2),
             ),
             sweeps=3,
+        ),
+    ),
+    "reallm": (
+        reallm_menu((48, 96), Wishes(), 3.0)["strip 2"],
+        Recipe(
+            (Quantize(StripOrder(DoubleScale(KMeans(2, 2, -1, iterations=20), 64)), "diagonal"),)
         ),
     ),
     "reallm-ae": (

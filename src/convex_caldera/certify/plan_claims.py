@@ -50,7 +50,7 @@ LAYER_KEYS = (
     "program",
 )
 # Methods whose outputs make a plan, so that one without its certificate is not accepted.
-PLANNED = ("convex-caldera",)
+PLANNED = ("convex-caldera", "reallm")
 UNITS = ("nats", "relative")
 CURVATURES = ("none", "input", "kronecker", "guided")
 

@@ -214,7 +214,9 @@ def share_decoders(recipes: Mapping[str, Recipe], neural: tuple[str, ...]) -> di
     found = {}
     for name, recipe in recipes.items():
         core = core_of(recipe)
-        key = (core, {"all": "", "kind": name.rpartition(".")[2], "none": name}[share])
+        # Embeddings may have other bits: what is shared does not depend on them.
+        alike = replace(core, embed_bits=EMBED_BITS[-1])
+        key = (alike, {"all": "", "kind": name.rpartition(".")[2], "none": name}[share])
         home = homes.setdefault(key, name)
         found[name] = with_recipe_core(recipe, replace(core, home="" if home == name else home))
     return found

@@ -63,9 +63,10 @@ class Method:
     """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n).
 
     `curvature` is what its rounding is meant to see; `factor_bits` codes its factors unless the
-    user asks for others; `allocates` says that bits and ranks are
-    decided together for the whole model instead of uniformly. `share` lets layers share what is
-    trained for several of them, given all recipes and the options of `Wishes.neural`.
+    user asks for others; `allocates` says that bits and ranks are decided together for the whole
+    model instead of uniformly. `menu` gives options by label, near a target in bits per weight,
+    which all are measured; `share` lets layers share what is trained for several of them, given
+    all recipes and the options of `Wishes.neural`.
     """
 
     name: str
@@ -75,4 +76,5 @@ class Method:
     curvature: Literal["none", "input", "kronecker"] = "input"
     factor_bits: int = 4
     allocates: bool = False
+    menu: Callable[[Shape, Wishes, float | None], Mapping[str, Recipe]] | None = None
     share: Callable[[Mapping[str, Recipe], tuple[str, ...]], dict[str, Recipe]] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from convex_caldera.errors import RecipeError
+from convex_caldera.recipes.adaptive import reallm_ladder, reallm_menu
 from convex_caldera.recipes.autoencoder import reallm_ae_ladder, share_decoders
 from convex_caldera.recipes.convex import FACTOR_BITS, convex_caldera_ladder, trellis_ladder
 from convex_caldera.recipes.ladder import Method
@@ -79,6 +80,16 @@ METHODS: dict[str, Method] = {
         "scales, fitted in alternation; columns may be sorted by strips.",
         "Leconte et al., ReALLM, arXiv 2405.13155",
         reallm_vq_ladder,
+    ),
+    "reallm": Method(
+        "reallm",
+        "Every matrix gets the latent that suits it: codebook, sorted strips, NormalFloat or "
+        "autoencoder, by measured rate and loss under the budget, with a certificate.",
+        "Leconte et al., ReALLM, arXiv 2405.13155",
+        reallm_ladder,
+        curvature="kronecker",
+        allocates=True,
+        menu=reallm_menu,
     ),
     "reallm-ae": Method(
         "reallm-ae",

@@ -31,7 +31,7 @@ def certificate_of(
     plan: Plan,
     integer: IntegerPlan,
     curves: Curves,
-    proposal: Proposal,
+    proposal: Proposal | None,
     unit: str,
     run: PartialRun,
     fitter: Fitter,
@@ -50,7 +50,7 @@ def certificate_of(
         "reserved_bytes": job.budget.compressed_bytes - integer.budget_bits // 8,
         "curves": curves_to_dict(curves),
         "plan": integer.to_dict(),
-        "surrogate": _surrogate(proposal),
+        "surrogate": None if proposal is None else _surrogate(proposal),
         "layers": _layers(job, integer, curves, run, fitter, scale),
     }
 

@@ -34,6 +34,7 @@ from convex_caldera.workflow.decoders import with_decoders
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
 from convex_caldera.workflow.job import Job
+from convex_caldera.workflow.menu_allocating import allocate_menu
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.planning import (
     Budget,
@@ -224,6 +225,8 @@ def fit_all(
         job.gradient_options,
     )
     fitter = Fitter(job.skeleton, curvatures, job.settings.seed)
+    if job.method.menu is not None:
+        return *allocate_menu(job, fitter, run, progress, workers), curvatures.notes()
     if job.method.allocates:
         return *Allocator(job, fitter, run, progress, workers).run_all(), curvatures.notes()
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
