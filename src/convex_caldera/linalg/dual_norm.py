@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convex_caldera.linalg.thresholding import FULL_SHARE, subspace_svd
+from convex_caldera.linalg.thresholding import FULL_SHARE, gram_svd, subspace_svd
 
 SPARE = 8  # singular vectors looked at beyond those of Z
 LEAST_EXCESS = 1e-11  # relative, above an estimate of the norm; far below any gap asked for
@@ -49,7 +49,7 @@ def equalize(Y: Tensor, V: Tensor, S: Tensor, level: float | None) -> tuple[Dual
     """
     width = V.shape[1] + SPARE
     if width > FULL_SHARE * min(Y.shape):
-        U, sigma, _ = torch.linalg.svd(Y, full_matrices=False)
+        U, sigma, _ = gram_svd(Y)
     else:
         noise = torch.randn(
             (Y.shape[1], SPARE), generator=torch.Generator().manual_seed(width), dtype=Y.dtype

@@ -7,7 +7,8 @@ with theta the threshold at which the sum of what is left equals the radius. Onl
 above the threshold matter, so a block of right singular vectors a little wider than the rank is
 carried from step to step and refreshed by subspace iteration; when its smallest value is still
 above the threshold the block is widened. Near convergence of an outer loop one pass suffices,
-because the block is already right. Small or high-rank matrices take a full SVD.
+because the block is already right. Small or high-rank matrices are decomposed whole, by their
+shorter Gram matrix unless the threshold is so low that its rounding would show.
 
 Source: Cai, Candes and Shen, arXiv 0810.3286 (thresholding); Halko, Martinsson and Tropp,
 arXiv 0909.4061 (subspace iteration); Duchi et al., ICML 2008 (projection on the l1 ball).
@@ -88,10 +89,13 @@ class Thresholder:
                 self._block = V[:, : min(width, above + 2 * SPARE)]
                 return U, S, V
             self._block, width, fresh = V, 2 * width, True
-        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        U, S, V = gram_svd(G)
+        if threshold_of(S) < GRAM_RANGE * float(S[0]):
+            U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+            V = Vh.T
         keep = int((threshold_of(S) < S).sum()) + SPARE
-        self._block = Vh[:keep].T.contiguous()
-        return U, S, Vh.T
+        self._block = V[:, :keep].contiguous()
+        return U, S, V
 
     def _widened(self, G: Tensor, width: int) -> Tensor:
         missing = width - self._block.shape[1]
@@ -115,19 +119,33 @@ def subspace_svd(G: Tensor, block: Tensor, passes: int) -> tuple[Tensor, Tensor,
     return Q @ U, S, V
 
 
+def gram_svd(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All U, S descending, V of G (m, n), by the eigenvectors of its shorter Gram matrix.
+
+    Two to five times faster than an SVD. Below GRAM_RANGE of the largest, singular values and
+    vectors are rounding; above, vectors of the longer side are orthogonal to 1e-8 at least, and
+    all columns have norm 1, so that ||U S V^T||_* <= sum S holds whatever the rounding.
+    """
+    if G.shape[0] < G.shape[1]:
+        V, S, U = gram_svd(G.T)
+        return U, S, V
+    V = torch.linalg.eigh(G.T @ G).eigenvectors.flip(1)
+    columns = G @ V
+    S, order = torch.linalg.vector_norm(columns, dim=0).sort(descending=True, stable=True)
+    return columns[:, order] / S.clamp_min(torch.finfo(S.dtype).tiny), S, V[:, order]
+
+
 def _wide_svd(B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U, S descending, V of B (k, n), k < n, by the eigenvectors of B B^T.
 
     Four times faster than an SVD, and as good for singular values well above the root of the
     rounding unit times the largest; if there are smaller ones an SVD is taken.
     """
-    U = torch.linalg.eigh(B @ B.T).eigenvectors.flip(1)
-    rows = U.T @ B
-    S = torch.linalg.vector_norm(rows, dim=1)
-    if len(S) and float(S.min()) <= GRAM_RANGE * float(S.max()):
+    U, S, V = gram_svd(B)
+    if len(S) and float(S[-1]) <= GRAM_RANGE * float(S[0]):
         U, S, Vh = torch.linalg.svd(B, full_matrices=False)
         return U, S, Vh.T
-    return U, S, (rows / S[:, None]).T
+    return U, S, V
 
 
 def simplex_threshold(S: Tensor, radius: float) -> float:
