@@ -227,3 +227,10 @@ def test_moments_are_taken_over_enough_windows_and_no_more() -> None:
     assert len(windows_used(windows, 2048)) == 128
     assert len(windows_used(windows[:2], 384)) == 2
     assert len(windows_used(torch.zeros(9, 65_536, dtype=torch.int64), 384)) == 3
+
+
+def test_dry_runs_count_the_memory_of_both_models(model: Path, tmp_path: Path) -> None:
+    plain = run("plan", model, *QTIP, json_to=tmp_path / "plain.json").json["memory"]
+    drift = run("plan", model, *QTIP, *DRIFT, json_to=tmp_path / "drift.json").json["memory"]
+    assert set(drift) - set(plain) == {"original and compressed block", "drift"}
+    assert drift["drift"] > 4 * 128 * 64 * 2 * 48

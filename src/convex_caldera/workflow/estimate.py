@@ -16,6 +16,7 @@ from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.compress import budget_of, computing_dtype
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.planning import Plan, chosen_sites, uniform_plan
+from convex_caldera.workflow.sequential import windows_wanted
 from convex_caldera.workflow.settings import Settings
 
 # torch, transformers and this package once imported, measured on a 64-bit Linux.
@@ -147,6 +148,7 @@ def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
         "libraries": LIBRARIES_BYTES,
         **(_gradient_memory(settings, skeleton) if kind in GRADIENT_KINDS else {}),
         **(_input_memory(settings, skeleton) if kind == "input" else {}),
+        **(_drift_memory(settings, skeleton) if settings.targets == "drift-corrected" else {}),
         "layers being fitted": WORKERS * (FIT_COPIES * 4 * largest + 4 * 8 * widest * widest),
     }
 
@@ -172,4 +174,18 @@ def _gradient_memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
         "whole model": skeleton.dtype.itemsize * weights,
         "activations": 4 * GRADIENT_BATCH * settings.seqlen * per_token,
         "curvature": 4 * sum(m * m + n * n for m, n in (site.shape for site in skeleton.sites)),
+    }
+
+
+def _drift_memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
+    """Two blocks, hidden states of both models with one block's inputs, and six moments."""
+    widths = {site.input_site: site.shape[1] for site in skeleton.sites if site.block == 0}
+    block = sum(s.shape[0] * s.shape[1] for s in skeleton.sites if s.block == 0)
+    widest = max((s.shape[1] for s in skeleton.sites), default=0)
+    windows = min(windows_wanted(settings.seqlen, widest), settings.nsamples)
+    hidden = skeleton.model.config.get_text_config().hidden_size
+    return {
+        "original and compressed block": 2 * skeleton.dtype.itemsize * block,
+        "drift": 4 * windows * settings.seqlen * (2 * hidden + sum(widths.values()))
+        + 6 * 8 * widest * widest,
     }

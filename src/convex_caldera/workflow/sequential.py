@@ -124,8 +124,13 @@ class InOrder:
 
 def windows_used(tokens: Tensor, widest: int) -> Tensor:
     """The first windows, enough for the moments of the widest input."""
+    return tokens[: windows_wanted(tokens.shape[1], widest)]
+
+
+def windows_wanted(length: int, widest: int) -> int:
+    """Windows of `length` tokens that moments of an input of width `widest` are taken over."""
     wanted = max(LEAST_TOKENS, TOKENS_PER_COLUMN * widest)
-    return tokens[: max(-(-wanted // tokens.shape[1]), FOLD)]
+    return max(-(-wanted // length), FOLD)
 
 
 def _advance_reading(
