@@ -144,6 +144,15 @@ def test_saving_and_loading_again_keeps_them(tiny_model: Any, tmp_path: Path) ->
         assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
+def test_card_and_export_say_that_activations_were_rounded(tiny_model: Any, tmp_path: Path) -> None:
+    from convex_caldera.workflow.exporting import export_directory
+
+    out = compressed(tiny_model(), tmp_path / "out", activations="mxint8/16")
+    assert "`mxint8/16`" in (out / "README.md").read_text()
+    assert "mxint8/16" in export_directory(out, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+
+
 def test_without_the_option_nothing_changes(tiny_model: Any, tmp_path: Path) -> None:
     out = compressed(tiny_model(), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())["quantization_config"]

@@ -107,8 +107,8 @@ def export(
     """Write plain weights that load anywhere, decoded from a compressed model."""
     from convex_caldera.workflow.exporting import export_directory
 
-    export_directory(directory, output_dir, dtype)
-    print(f"plain {dtype} weights -> {output_dir}")
+    note = export_directory(directory, output_dir, dtype)
+    print(f"plain {dtype} weights -> {output_dir}" + (f"\n{note}" if note else ""))
 
 
 def distortion(

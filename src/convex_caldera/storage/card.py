@@ -20,6 +20,7 @@ class CardFacts:
         license: identifier inherited from the original, if known.
         results: rows of (measure, original, compressed), already formatted.
         certificate: one sentence, if there is a certificate.
+        activations: what the forward pass rounds activations to, if it does.
     """
 
     base_model: str
@@ -29,6 +30,7 @@ class CardFacts:
     license: str | None = None
     results: tuple[tuple[str, str, str], ...] = ()
     certificate: str = ""
+    activations: str = ""
 
 
 def model_card(facts: CardFacts, sizes: Sizes) -> str:
@@ -87,6 +89,9 @@ def _sections(facts: CardFacts) -> list[str]:
     paragraphs = {
         "Made by": f"```\n{facts.command}\n```" if facts.command else "",
         "Calibration": facts.calibration,
+        "Activations": f"Rounded to `{facts.activations}` in the forward pass, also when measured."
+        if facts.activations
+        else "",
         "Certificate": facts.certificate,
     }
     for title, text in paragraphs.items():

@@ -50,6 +50,7 @@ def finish(
             command=command_line(settings),
             calibration=_calibration_sentence(job),
             certificate="" if certificate is None else certificate["statement"],
+            activations=job.settings.activations or "",
         ),
         certificate=certificate,
         activations=job.settings.activations,
