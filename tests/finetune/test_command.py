@@ -48,9 +48,8 @@ def from_transformers(directory: Path) -> Any:
     ("method", "scope", "train"),
     [
         ("caldera", "both", "lowrank,signs,norms"),
-        ("caldera", "model", "lora,dora"),
         ("gptq", "block", "scales,norms"),
-        ("convex-caldera", "both", "signs,norms"),
+        ("convex-caldera", "model", "lora,dora"),
     ],
 )
 def test_tuned_model_is_a_normal_output(
@@ -93,7 +92,8 @@ def test_codes_and_everything_else_stay(
     compressed: Callable[..., Output], text: Path, tmp_path: Path
 ) -> None:
     made, out = compressed("caldera"), tmp_path / "out"
-    assert finetune(made, out, text, "--scope", "block", "--train", "signs").code == 0
+    parts = ("--scope", "block", "--train", "signs", "--epochs", 1)
+    assert finetune(made, out, text, *parts).code == 0
     old, new = open_container(made.directory), open_container(out)
     for name in old.layers:
         before, after = old.layer(name).terms, new.layer(name).terms
@@ -110,9 +110,9 @@ def test_codes_and_everything_else_stay(
 def test_tuning_can_be_repeated(
     compressed: Callable[..., Output], text: Path, tmp_path: Path
 ) -> None:
-    made = compressed("caldera")
+    made = compressed("gptq")
     first, second = tmp_path / "first", tmp_path / "second"
-    parts = ("--train", "lora,signs,norms", "--scope", "model", "--rank-trainable", 2)
+    parts = ("--train", "lora,dora,norms", "--scope", "model", "--rank-trainable", 2)
     assert finetune(made, first, text, *parts).code == 0
     again = Output(first, made.model, made.method, made.ran)
     ran = finetune(again, second, text, *parts, "--seed", 7)
@@ -131,18 +131,19 @@ def test_tuning_can_be_repeated(
 def test_a_killed_run_resumes_to_the_same_files(
     compressed: Callable[..., Output], text: Path, tmp_path: Path
 ) -> None:
-    made = compressed("caldera")
+    made = compressed("gptq")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert finetune(made, whole, text).code == 0
+    parts = ("--train", "norms,scales")
+    assert finetune(made, whole, text, *parts).code == 0
     arguments = [
         "finetune", made.directory, "-o", cut, "--model", made.model, "--dataset", text, *QUICK,
+        *parts,
     ]  # fmt: skip
-    deaths = 0
-    for die_at in (4, 9, 14):
-        process = start(arguments, die_at=die_at)
-        process.join()
-        deaths += process.exitcode == -signal.SIGKILL
-    assert deaths >= 2
+    process = start(arguments, die_at=9)  # a state in the middle of the second block
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    states = {path.name for path in (cut / ".partial").glob("*.safetensors")}
+    assert states == {"block-0.safetensors", "block-1.safetensors"}
     assert run(*arguments).code == 0
     assert snapshot(cut) == snapshot(whole)
 
@@ -258,14 +259,15 @@ def test_altered_tuning_records_are_noticed(
 ) -> None:
     from convex_caldera.storage.manifest import add_file
 
-    made, out = compressed("convex-caldera"), tmp_path / "out"
-    assert finetune(made, out, text, "--train", "signs", "--scope", "block").code == 0
+    made, out = compressed("gptq"), tmp_path / "out"
+    parts = ("--train", "norms,dora", "--scope", "block", "--epochs", 1)
+    assert finetune(made, out, text, *parts).code == 0
     report = json.loads((out / "convex_caldera/report.json").read_text())
     for change in (
         {"compressed_bytes": 1},
-        {"compressed_bytes_before": 1},
+        {"compressed_bytes_before": 10**12},
         {"layers": ["nothing"]},
-        {"layers": []},
+        {"tensors": []},
         {"more": 1},
     ):
         forged = shutil.copytree(out, tmp_path / "forged", dirs_exist_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.finetune.parts import Tuned, Wish, as_stored
 from convex_caldera.finetune.tunable import TunableLinear
+from convex_caldera.models.parameters import device_of
 
 Values = dict[str, Tensor]  # what training found: full name -> value as stored
 
@@ -35,7 +36,7 @@ def replace_layers(
         new = TunableLinear(prefix + name, layer, getattr(old, "bias", None), wish, seed, cached)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent) if parent else model, child, new)
-        placed[name] = new
+        placed[name] = new.to(device_of(old))
     return placed
 
 
