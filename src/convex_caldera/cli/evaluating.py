@@ -9,6 +9,8 @@ import typer
 
 from convex_caldera.cli import options as opt
 
+CHECK_FAILED = 4
+
 Models = Annotated[list[str], typer.Argument(help="The original first, then compressed ones.")]
 Out = Annotated[
     Path | None,
@@ -19,6 +21,9 @@ Out = Annotated[
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands on the application."""
     app.command("eval")(evaluate)
+    app.command("eval-pope")(evaluate_pope)
+    app.command()(bench)
+    app.command()(compare)
 
 
 def evaluate(
@@ -81,6 +86,95 @@ def evaluate(
         )
     _print_tables(record, output_dir)
     opt.write_json(json, record)
+
+
+def evaluate_pope(
+    models: Models,
+    questions: Annotated[Path, typer.Option(help="Folder with one .jsonl file per split.")],
+    images: Annotated[Path, typer.Option(help="Folder of the image files.")],
+    splits: Annotated[str, typer.Option(help="Of random,popular,adversarial.")] = (
+        "random,popular,adversarial"
+    ),
+    limit: Annotated[int | None, typer.Option(help="Questions per split.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 16,
+    max_bad: Annotated[
+        float, typer.Option(help="Share of questions whose image may be missing or corrupt.")
+    ] = 0.01,
+    device: opt.Device = None,
+    json: opt.Json = None,
+) -> None:
+    """POPE on vision-language models: accuracy, precision, recall, F1 and yes-ratio per split."""
+    from convex_caldera.workflow.pope import PopeOptions
+    from convex_caldera.workflow.pope import evaluate_pope as ask
+    from convex_caldera.workflow.progress import shown
+
+    options = PopeOptions(
+        questions, images, tuple(s.strip() for s in splits.split(",") if s.strip()), limit,
+        batch_size, max_new_tokens, max_bad=max_bad,
+    )  # fmt: skip
+    with shown() as progress:
+        result = ask(models, options, device=device or "cpu", progress=progress)
+    print(result.text())
+    opt.write_json(json, result.to_dict())
+    result.check()
+
+
+def bench(
+    models: Models,
+    batches: Annotated[str, typer.Option(help="Batch sizes, such as 1,8,64.")] = "1,8,64",
+    prompt_tokens: Annotated[int, typer.Option(help="Of every prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decoded after every prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Medians over so many runs.")] = 3,
+    device: opt.Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    json: opt.Json = None,
+) -> None:
+    """Throughput beside the original: prefill, decode, memory, share of the bandwidth roofline."""
+    from convex_caldera.errors import RecipeError
+    from convex_caldera.workflow.benching import BenchOptions, bench_models
+    from convex_caldera.workflow.progress import shown
+
+    sizes = [part.strip() for part in batches.split(",") if part.strip()]
+    if not sizes or not all(part.isdecimal() for part in sizes):
+        raise RecipeError(f"--batches {batches!r} is not a list of numbers such as 1,8,64")
+    options = BenchOptions(
+        tuple(map(int, sizes)), prompt_tokens, new_tokens, repeats, device or "cpu", dtype
+    )
+    with shown() as progress:
+        result = bench_models(models, options, progress=progress)
+    print(result.text())
+    opt.write_json(json, result.to_dict())
+
+
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="Output folders of compressions.")],
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Where report.html and tables go.")
+    ] = Path("comparison"),
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--eval", help="JSON files of `eval`; may be repeated.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run the independent checker on each.")
+    ] = True,
+    json: opt.Json = None,
+) -> None:
+    """The tables of zero-shot scores and of efficiency with certificates, and one page over all."""
+    from convex_caldera.certify import verify
+    from convex_caldera.report.comparison import verdict_of, write_comparison
+
+    checked = {d: verdict_of(verify(d)) for d in directories} if check else {}
+    files = write_comparison(directories, output_dir, evaluation or [], checked)
+    for name in ("zero-shot", "efficiency"):
+        table = output_dir / f"mission-{name}.txt"
+        if table in files:
+            print(table.read_text(encoding="utf-8"))
+    print(f"{len(files)} files, {output_dir / 'report.html'}")
+    verdicts = {str(d): {"ok": c.ok, "sentence": c.sentence} for d, c in checked.items()}
+    opt.write_json(json, {"files": [str(file) for file in files], "checked": verdicts})
+    if any(not verdict.ok for verdict in checked.values()):
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _print_tables(record: dict[str, Any], output_dir: Path | None) -> None:

@@ -43,7 +43,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Use the chat template; by default if there is one."),
+    ] = None,
     device: opt.Device = None,
     json: opt.Json = None,
 ) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from convex_caldera.errors import ModelError
+from convex_caldera.models.architectures import auto_class
 from convex_caldera.models.parameters import slots
 
 if TYPE_CHECKING:
@@ -53,17 +54,17 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A causal language model in evaluation mode: meta parameters, real buffers, ties kept.
+    """A language model in evaluation mode: meta parameters, real buffers, ties kept.
+
+    A model that reads images too is built whole, with its vision tower.
 
     Raises:
         ModelError: the configuration is of no causal language model, asks for code of its own,
             or leads to a buffer that depends on the weights.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
             f"a model of type {config.model_type!r} cannot be built as a causal language model: "

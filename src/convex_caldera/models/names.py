@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from convex_caldera.errors import ModelError
+from convex_caldera.models.aliases import aliases
 from convex_caldera.models.checkpoint import Checkpoint
 from convex_caldera.models.parameters import slots
 
@@ -85,7 +86,7 @@ def _stored_name(name: str, model: nn.Module, checkpoint: Checkpoint) -> str | N
 
 def _candidates(name: str, model: nn.Module) -> Iterator[str]:
     prefix = getattr(model, "base_model_prefix", "")
-    yield name
+    yield from aliases(name)
     if prefix and name.startswith(f"{prefix}."):
         yield name.removeprefix(f"{prefix}.")
     elif prefix:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from convex_caldera.errors import ModelError
+from convex_caldera.models.architectures import auto_class
+from convex_caldera.models.meta import load_config
+from convex_caldera.models.parameters import answer_to_old_names
 
 
 @contextmanager
@@ -32,13 +35,12 @@ def load_original(path: Path, dtype: torch.dtype = torch.float32, device: str = 
     Raises:
         ModelError: transformers cannot make a model of it.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with _no_loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(load_config(path)).from_pretrained(
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: transformers cannot load it ({error})") from error
+    answer_to_old_names(model)
     return model.to(device).eval()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from convex_caldera.models.aliases import RENAMED
+
 # Any finite value does: stand-ins only show which tensor flows where.
 _STAND_IN_VALUE = 0.01
 
@@ -35,6 +37,29 @@ def slots(module: nn.Module, prefix: str = "") -> Iterator[Slot]:
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 yield Slot(f"{name}.{key}" if name else key, owner, key)
+
+
+def answer_to(model: nn.Module, alias: str, name: str) -> None:
+    """Let `model.get_submodule(alias)` give the module `name`; nothing is registered twice."""
+    *parents, last = alias.split(".")
+    here: nn.Module = model
+    for part in parents:
+        if not hasattr(here, part):
+            here.__dict__[part] = nn.Module()
+        here = getattr(here, part)
+    here.__dict__[last] = model.get_submodule(name)
+
+
+def answer_to_old_names(model: nn.Module) -> None:
+    """Let a vision-language model answer to the names that its files keep."""
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        return
+    for new, old in RENAMED:
+        here: nn.Module | None = model
+        for part in new.strip(".").split("."):
+            here = getattr(here, part, None)
+        if here is not None and not hasattr(model, old.partition(".")[0]):
+            answer_to(model, old.strip("."), new.strip("."))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,18 @@ class Structure:
     def block_name(self, index: int) -> str:
         return f"{self.blocks_name}.{index}"
 
+    def renamed(self, blocks_name: str) -> Structure:
+        """The same under another name of the module list."""
+
+        def moved(name: str) -> str:
+            return blocks_name + name.removeprefix(self.blocks_name)
+
+        sites = tuple(
+            replace(site, name=moved(site.name), input_site=moved(site.input_site))
+            for site in self.sites
+        )
+        return replace(self, blocks_name=blocks_name, sites=sites)
+
     def sites_of(self, index: int) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.block == index)
 
@@ -81,10 +93,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ModelError: no list of like modules contains a linear layer.
     """
+    decoder = _text_decoder(model)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _is_alike(module)
+        if name.startswith(decoder)
+        and isinstance(module, nn.ModuleList)
+        and len(module)
+        and _is_alike(module)
     ]
     if not found:
         raise ModelError(
@@ -93,6 +109,15 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     # Of lists nested in each other with equal content, the outermost has the shortest name.
     return max(found, key=lambda entry: (_linear_weights(entry[1]), -len(entry[0])))
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """Where a model of several kinds of input has its language model; "" is the whole model."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "vision_config"):
+        return ""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return next(name for name, module in model.named_modules() if module is decoder)
 
 
 def find_structure(model: nn.Module) -> Structure:

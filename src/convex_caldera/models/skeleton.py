@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from convex_caldera.errors import ModelError, NumericalError
+from convex_caldera.models.architectures import auto_class
 from convex_caldera.models.checkpoint import Checkpoint
 from convex_caldera.models.meta import load_config, meta_model
 from convex_caldera.models.names import map_names, needs_conversion
-from convex_caldera.models.parameters import Slot, slots
+from convex_caldera.models.parameters import Slot, answer_to, slots
 from convex_caldera.models.sites import Site, Structure, find_structure
 
 
@@ -64,8 +65,8 @@ class Skeleton:
 
     @cached_property
     def structure(self) -> Structure:
-        """Decoder blocks, linear layers and shared inputs."""
-        return find_structure(self.model)
+        """Decoder blocks, linear layers and shared inputs, under their names in the checkpoint."""
+        return self._named_as_stored(find_structure(self.model))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -96,8 +97,8 @@ class Skeleton:
     def loaded_outside(self, head: bool = True) -> Iterator[nn.Module]:
         """The model with all weights that are not in a decoder block, with or without head."""
         output = self.model.get_output_embeddings()  # type: ignore[operator]
-        inside = f"{self.structure.blocks_name}."
-        outside = (slot for slot in slots(self.model) if not slot.name.startswith(inside))
+        inside = {id(module) for block in self.structure.blocks for module in block.modules()}
+        outside = (slot for slot in slots(self.model) if id(slot.owner) not in inside)
         with self._filled(slot for slot in outside if head or slot.owner is not output):
             yield self.model
 
@@ -150,6 +151,25 @@ class Skeleton:
             buffers = dict(self.model.named_buffers())
             self._buffer_sources = {name: name for name in self._converted if name in buffers}
 
+    def _named_as_stored(self, structure: Structure) -> Structure:
+        """Names as in the checkpoint, where the module list has another place there.
+
+        `model.language_model.layers` of a vision-language model is `language_model.model.layers`
+        in its files. Layers are named, chosen and stored as in the files; the model answers to
+        both names.
+        """
+        site = structure.sites[0]
+        local = f"{site.name}.weight".removeprefix(structure.blocks_name)
+        stored = self._sources[f"{site.name}.weight"]
+        if self.whole_model or not stored.endswith(local):
+            return structure
+        name = stored.removesuffix(local)
+        if name == structure.blocks_name:
+            return structure
+        answer_to(self.model, name, structure.blocks_name)
+        self._sources |= {source: source for source in self._sources.values()}
+        return structure.renamed(name)
+
     def _place_buffers(self) -> None:
         for module_name, module in self.model.named_modules():
             for key, buffer in module._buffers.items():
@@ -168,9 +188,7 @@ class Skeleton:
 
 def _converted_state(path: Path) -> dict[str, Tensor]:
     """All tensors of a model that transformers must convert, loaded at once, as stored types."""
-    from transformers import AutoModelForCausalLM
-
-    whole, report = AutoModelForCausalLM.from_pretrained(
+    whole, report = auto_class(load_config(path)).from_pretrained(
         path,
         dtype="auto",
         trust_remote_code=False,

@@ -17,15 +17,21 @@ def generate_text(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    chat: bool = False,
+    chat: bool | None = None,
     device: str = "cpu",
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The text that the model puts after the prompt; see `evaluate.generation.generate`."""
+    """The text that the model puts after the prompt; see `evaluate.generation.generate`.
+
+    `chat` None uses the chat template where the tokenizer has one, as an instructed model needs.
+    """
     model = open_model(name)
+    tokenizer = load_tokenizer(model.path)
+    if chat is None:
+        chat = bool(getattr(tokenizer, "chat_template", None))
     return generate(
         model.load(device),
-        load_tokenizer(model.path),
+        tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
