@@ -33,6 +33,11 @@ RESULTS = Path(__file__).parent / "results"
 TASKS = ("blimp", "lambada")
 # Nats of the last word of LAMBADA separate models long before its accuracy does.
 FIGURES = (("blimp", "acc"), ("lambada", "acc"), ("lambada", "perplexity"))
+# Calibration and held-out text of each model, below DATA/text.
+TEXTS = {
+    "wiki-llama-14m": ("c4_sample_a.txt", "wikipedia_en_2018_valid.txt"),
+    "TinyStories-656K": ("tinystories_train_2mb.txt", "tinystories_valid_a.txt"),
+}
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -49,7 +54,7 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="wiki-llama-14m")
+    parser.add_argument("--model", default="TinyStories-656K", choices=TEXTS)
     parser.add_argument("--methods", default="rtn,gptq,quip-sharp")
     parser.add_argument("--bits", default="2.2,3.2,4.2")
     parser.add_argument("--limit", type=int, default=40, help="items per paradigm of BLiMP")
@@ -60,11 +65,12 @@ def parsed() -> argparse.Namespace:
 def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Scores with their items, and every paired comparison."""
     model = str(options.data / "models" / options.model)
+    calibration, held_out = (str(options.data / "text" / name) for name in TEXTS[options.model])
     names = {"original": model}
     for bits, method in itertools.product(options.bits.split(","), options.methods.split(",")):
         settings = make_settings(
             model=model, method=method, bits=float(bits),
-            dataset=str(options.data / "text" / "c4_sample_a.txt"), nsamples=64, seqlen=256,
+            dataset=calibration, nsamples=64, seqlen=256,
         )  # fmt: skip
         out = folder / f"{method}-{bits}"
         compress_to(settings, out, progress=Lines())
@@ -74,7 +80,7 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for task, limit in zip(TASKS, (options.limit, options.lambada), strict=True):
         wanted = TaskOptions(
             (task,), (str(options.data / "tasks"),), limit, max_tokens=16_384,
-            text=str(options.data / "text" / "wikipedia_en_2018_valid.txt"),
+            text=held_out,
         )  # fmt: skip
         kept = folder / task
         record = evaluate_tasks(list(names.values()), wanted, output_dir=kept, progress=Lines())
@@ -95,7 +101,9 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for bits in options.bits.split(",")
             for a, b in itertools.combinations(options.methods.split(","), 2)
         ],
-        "command": "python benchmarks/zero_shot.py --data DATA",
+        "command": f"python benchmarks/zero_shot.py --data DATA --model {options.model} "
+        f"--methods {options.methods} --bits {options.bits} --limit {options.limit} "
+        f"--lambada {options.lambada}",
     }
 
 
