@@ -35,8 +35,13 @@ def check_symbol_bits(symbol_bits: int) -> None:
 def symbol_bits(quantizer: Quantizer) -> int:
     """The width that fits a quantizer's codes: the largest divisor of a code's bits up to 8.
 
-    Found from the layout of eight rows of one block, so it holds for every kind.
+    Found from the layout of eight rows of one block, so it holds for every kind; of nested ones
+    it is that of the innermost, which makes the codes, and what that says itself if it does.
     """
+    while (inner := getattr(quantizer, "inner", None)) is not None:
+        quantizer = inner
+    if (own := getattr(quantizer, "symbol_bits", None)) is not None:
+        return int(own)
     dtype, (num_bytes,) = quantizer.layout((8, quantizer.block))["codes"]
     width = num_bytes * dtype.itemsize  # 8 bits a byte, eight rows
     divisors = [w for w in range(1, MAX_SYMBOL_BITS + 1) if width % w == 0]

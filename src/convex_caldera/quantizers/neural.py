@@ -116,6 +116,11 @@ class Neural:
         return WHOLE
 
     @property
+    def symbol_bits(self) -> int:
+        """Bits of one code, an embedding's value."""
+        return self.embed_bits
+
+    @property
     def bits(self) -> float:
         """Embedding bits per weight of a patch; the decoder comes on top."""
         return self.embed_bits * self.geometry.embedding / self.patch**2
