@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from convex_caldera.certify.shard import Shard, read_shard
+from convex_caldera.certify.lossless import lossless_entries
+from convex_caldera.certify.shard import Entry, Shard, read_shard
 from convex_caldera.certify.specs import LayerSpec, layer_specs
 from convex_caldera.certify.strict import parse, read_bytes, read_table, short, table
 from convex_caldera.errors import FormatError
@@ -63,12 +64,16 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """An output directory whose structure was found in order; nothing is decoded yet."""
+    """An output directory whose structure was found in order; nothing is decoded yet.
+
+    `lossless` are dtype and shape of those of the rest whose exponents are coded.
+    """
 
     path: Path
     layers: Mapping[str, Layer]
     rest: Mapping[str, Shard]
     compressed: tuple[Shard, ...]
+    lossless: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def compressed_bytes(self) -> int:
@@ -178,11 +183,18 @@ def read_output(directory: Path) -> Output:
     shards = _indexed_shards(directory)
     layers: dict[str, Layer] = {}
     rest: dict[str, Shard] = {}
+    lossless: dict[str, Entry] = {}
     compressed = []
     for shard in shards:
         specs = layer_specs(shard)
         if specs is None:
-            rest.update(dict.fromkeys(shard.entries, shard))
+            coded = lossless_entries(shard)
+            entries = shard.entries if coded is None else coded
+            twice = sorted(set(entries) & set(rest))
+            if twice:
+                raise FormatError(f"{shard.name}: {short(twice[0])} is stored twice")
+            rest.update(dict.fromkeys(entries, shard))
+            lossless.update(coded or {})
             continue
         compressed.append(shard)
         for name, spec in specs.items():
@@ -197,7 +209,7 @@ def read_output(directory: Path) -> Output:
     for name in ("report.json", "provenance.json"):
         read_table(directory / FOLDER / name, f"{FOLDER}/{name}")
     _check_recipe(directory)
-    return Output(directory, layers, rest, tuple(compressed))
+    return Output(directory, layers, rest, tuple(compressed), lossless)
 
 
 def _check_config(config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from convex_caldera.certify.lossless import original_bytes
 from convex_caldera.certify.reader import INDEX, Output, is_plain, sha256
 from convex_caldera.certify.shard import Shard, read_shard
 from convex_caldera.certify.strict import read_table, short
@@ -96,10 +97,17 @@ def check_rest(output: Output, source: Source) -> str:
             raise CheckError(f"{short(name)}: compressed as {shape}, unlike the model's")
     for name, shard in output.rest.items():
         other = source.shards[name]
-        mine, theirs = shard.entries[name], other.entries[name]
+        mine = output.lossless.get(name) or shard.entries[name]
+        theirs = other.entries[name]
         if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
             raise CheckError(f"{short(name)}: dtype or shape differ from the model's")
-        if name not in tuned and _digest(shard, name) != _digest(other, name):
+        if name in tuned:
+            continue
+        if name in output.lossless:
+            found = hashlib.sha256(original_bytes(shard, name, mine)).digest()
+        else:
+            found = _digest(shard, name)
+        if found != _digest(other, name):
             raise CheckError(f"{short(name)}: its bytes differ from the model's")
     return f"{len(output.rest) - len(tuned)} tensors" + (f", {len(tuned)} tuned" if tuned else "")
 

@@ -84,6 +84,10 @@ ClipRatio = Annotated[
     float | None,
     typer.Option("--clip-ratio", "--clip_ratio", help="Part of the weights inside the range."),
 ]
+Lossless = Annotated[
+    bool | None,
+    typer.Option("--lossless", help="Code the exponents of what stays in 16 bits, bit-exactly."),
+]
 Coder = Annotated[
     str | None, typer.Option("--coder", help="Entropy coding of the codes: huffman or rans.")
 ]

@@ -11,7 +11,7 @@ from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.storage.files import Bytes, file_chunks, require_free_space, write_atomically
 from convex_caldera.storage.layers import MAX_SHARD_BYTES
 from convex_caldera.storage.read import Container, open_container
-from convex_caldera.storage.shard import NAMES, TensorInfo, read_raw, tensor_bytes, write_shard
+from convex_caldera.storage.shard import NAMES, TensorInfo, tensor_bytes, write_shard
 from convex_caldera.storage.source import INDEX, SourceModel
 
 EXPORT_DTYPES = {
@@ -83,7 +83,7 @@ def _write_weights(
 
     def data(info: TensorInfo) -> Bytes:
         if info.name in container.rest:
-            return read_raw(container.rest[info.name], info.name)
+            return container.raw(info.name)
         weight = container.layer(info.name.removesuffix(".weight")).decode().to(dtype)
         if not torch.isfinite(weight).all():
             raise NumericalError(f"{info.name}: exceeds {dtype}; export as bfloat16 instead")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,17 @@ from convex_caldera.storage.codec import layer_from_tensors, lent_decoder
 from convex_caldera.storage.files import inside
 from convex_caldera.storage.layers import FORMAT_VERSION, METADATA_KEY, layer_specs
 from convex_caldera.storage.lending import Lend
+from convex_caldera.storage.lossless import SUFFIX, lossless_infos, read_lossless
 from convex_caldera.storage.manifest import FOLDER, check_manifest
-from convex_caldera.storage.shard import Header, TensorInfo, parse_json, read_header, read_tensor
+from convex_caldera.storage.shard import (
+    Header,
+    TensorInfo,
+    bytes_as_tensor,
+    parse_json,
+    read_header,
+    read_raw,
+    read_tensor,
+)
 from convex_caldera.storage.source import INDEX
 from convex_caldera.storage.spec import PACKED, Spec, spec_layout
 
@@ -29,6 +38,7 @@ QUANT_METHOD = "convex_caldera"
 class Sizes:
     """What an output directory takes, from the files themselves.
 
+    `lossless_saved_bytes` are what entropy coding saved on tensors that are kept bit for bit.
     `file_bytes` are the safetensors shards; bits are these bytes * 8 over original weights.
     """
 
@@ -36,6 +46,7 @@ class Sizes:
     rest_bytes: int
     compressed_weights: int
     all_weights: int
+    lossless_saved_bytes: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -57,13 +68,15 @@ class Container:
     """An opened output directory: what is where, checked, with nothing decoded yet.
 
     `layers` maps the name of a compressed layer to (header of its file, spec); `rest` maps the
-    names of all other tensors to the header of their file.
+    names of all other tensors to the header of their file, and `lossless` those of them that are
+    stored with their exponents coded to what they are once decoded.
     """
 
     directory: Path
     config: dict[str, Any]
     layers: dict[str, tuple[Header, Spec]]
     rest: dict[str, Header]
+    lossless: dict[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def activations(self) -> str | None:
@@ -87,11 +100,19 @@ class Container:
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors that were kept as they were."""
-        return read_tensor(self.rest[name], name)
+        if name not in self.lossless:
+            return read_tensor(self.rest[name], name)
+        return bytes_as_tensor(self.raw(name), self.lossless[name])
+
+    def raw(self, name: str) -> bytearray:
+        """The bytes of one of the tensors that were kept, as they were."""
+        if name in self.lossless:
+            return read_lossless(self.rest[name], self.lossless[name])
+        return read_raw(self.rest[name], name)
 
     def rest_info(self, name: str) -> TensorInfo:
         """Dtype and shape of one of the tensors that were kept."""
-        return self.rest[name].entries[name].info
+        return self.lossless.get(name) or self.rest[name].entries[name].info
 
     def sizes(self) -> Sizes:
         """Bytes and weights, counted from the files."""
@@ -99,11 +120,16 @@ class Container:
         kept = {header.path for header in self.rest.values()}
         weights = sum(spec["shape"][0] * spec["shape"][1] for _, spec in self.layers.values())
         elements = [self.rest_info(name) for name in self.rest]
+        saved = sum(
+            info.num_bytes - self.rest[name].entries[name + SUFFIX].info.num_bytes
+            for name, info in self.lossless.items()
+        )
         return Sizes(
             compressed_bytes=sum(path.stat().st_size for path in compressed),
             rest_bytes=sum(path.stat().st_size for path in kept),
             compressed_weights=weights,
             all_weights=weights + sum(i.num_bytes // i.element_bytes for i in elements),
+            lossless_saved_bytes=saved,
         )
 
     def report(self) -> dict[str, Any]:
@@ -138,20 +164,27 @@ def open_container(directory: Path | str, verify: bool = True) -> Container:
     headers = _headers(path)
     layers: dict[str, tuple[Header, Spec]] = {}
     rest: dict[str, Header] = {}
+    lossless: dict[str, TensorInfo] = {}
     for header in headers:
+        coded = lossless_infos(header)
         if METADATA_KEY in header.metadata:
             for name, spec in layer_specs(header).items():
                 if name in layers:
                     raise FormatError(f"{header.path.name}: layer {name!r} appears twice")
                 layers[name] = (header, spec)
         else:
-            rest.update(dict.fromkeys(header.entries, header))
+            names = header.entries if coded is None else coded
+            twice = sorted(set(names) & set(rest))
+            if twice:
+                raise FormatError(f"{header.path.name}: {twice[0]!r} is stored twice")
+            rest.update(dict.fromkeys(names, header))
+            lossless.update(coded or {})
     _check_layers(layers, rest)
     for name in ("report.json", "provenance.json"):
         _json(path, f"{FOLDER}/{name}")
     if not _toml(path, f"{FOLDER}/recipe.toml"):
         raise FormatError(f"{FOLDER}/recipe.toml: is empty")
-    return Container(path, config, layers, rest)
+    return Container(path, config, layers, rest, lossless)
 
 
 def read_layers(

@@ -239,5 +239,11 @@ def read_tensor(header: Header, name: str) -> Tensor:
     info = header.entries[name].info
     if info.num_bytes == 0:
         return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    raw = read_raw(header, name)
+    return bytes_as_tensor(read_raw(header, name), info)
+
+
+def bytes_as_tensor(raw: bytearray, info: TensorInfo) -> Tensor:
+    """Bytes as the tensor that they are, sharing memory."""
+    if not raw:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
     return torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(info.shape)

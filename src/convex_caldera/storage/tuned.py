@@ -18,7 +18,7 @@ from convex_caldera.errors import FormatError, ModelError
 from convex_caldera.storage.files import sha256_of
 from convex_caldera.storage.manifest import FOLDER, MANIFEST
 from convex_caldera.storage.read import Container
-from convex_caldera.storage.shard import TensorInfo, describe, parse_json, read_raw, tensor_bytes
+from convex_caldera.storage.shard import TensorInfo, describe, parse_json, tensor_bytes
 from convex_caldera.storage.source import SourceModel
 
 WEIGHT_DTYPE = "F32"  # of the decoded weight, which is stored nowhere
@@ -71,7 +71,7 @@ class CompressedSource:
         """The bytes of a kept tensor, new ones where it was changed."""
         if name in self.changed:
             return tensor_bytes(self.changed[name])
-        return memoryview(read_raw(self.container.rest[name], name))
+        return memoryview(self.container.raw(name))
 
     def rest(self, layers: Collection[str]) -> list[TensorInfo]:
         """The kept tensors; the layers must be all that are compressed."""

@@ -26,6 +26,12 @@ from convex_caldera.storage.layers import (
     ShardPlan,
     plan_shards,
 )
+from convex_caldera.storage.lossless import (
+    LosslessTensor,
+    encoded,
+    lossless_metadata,
+    split_rest,
+)
 from convex_caldera.storage.manifest import FOLDER, MANIFEST, Files, listed_files, write_manifest
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.storage.read import QUANT_METHOD, Container, Sizes, open_container
@@ -58,6 +64,7 @@ def assemble(
     certificate: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     activations: str | None = None,
+    lossless: bool = False,
 ) -> Container:
     """Write the model directory `run.out` from a finished run and remove the work folder.
 
@@ -72,6 +79,7 @@ def assemble(
         certificate: plain JSON for certificate.json, if the plan has one.
         max_shard_bytes: upper limit for one file's tensors.
         activations: canonical text of what activations are rounded to, for config.json.
+        lossless: code the exponents of the other tensors where that saves bytes.
 
     Returns:
         The finished directory, opened and verified against its own manifest.
@@ -88,9 +96,11 @@ def assemble(
     sides = source.side_files()
     require_free_space(run.out, _needed_bytes(plans, rest, sides.values()))
 
-    files, weight_map = _write_weights(run, source, plans, _group(rest, max_shard_bytes))
+    plain, coded = split_rest(source, rest) if lossless else (rest, [])
+    files, weight_map = _write_weights(run, source, plans, _group(plain, max_shard_bytes))
+    _write_lossless(run.out, source, coded, max_shard_bytes, files, weight_map)
     total = sum(info.num_bytes for plan in plans for info in plan.infos)
-    total += sum(info.num_bytes for info in rest)
+    total += sum(info.num_bytes for info in plain) + sum(tensor.num_bytes for tensor in coded)
     texts = {
         INDEX: _json({"metadata": {"total_size": total}, "weight_map": weight_map}),
         "config.json": config_with_quantization(source.config_text, source.config, activations),
@@ -130,6 +140,26 @@ def _write_weights(
         files[file] = {"sha256": digest, "size": path.stat().st_size}
         weight_map.update({info.name: file for info in infos})
     return files, weight_map
+
+
+def _write_lossless(
+    out: Path,
+    source: SourceModel | CompressedSource,
+    coded: list[LosslessTensor],
+    max_shard_bytes: int,
+    files: Files,
+    weight_map: dict[str, str],
+) -> None:
+    """Files of tensors whose exponents are coded; adds to `files` and `weight_map`."""
+    by_stored = {tensor.stored.name: tensor for tensor in coded}
+    originals = {name: tensor.info for name, tensor in by_stored.items()}
+    groups = _group([tensor.stored for tensor in coded], max_shard_bytes)
+    for file, infos in _numbered("lossless", groups):
+        metadata = lossless_metadata(by_stored[info.name] for info in infos)
+        path = out / file
+        digest = write_shard(path, infos, metadata, lambda i: encoded(source, i, originals))
+        files[file] = {"sha256": digest, "size": path.stat().st_size}
+        weight_map.update({info.name: file for info in infos})
 
 
 def _write_others(out: Path, texts: Mapping[str, str], sides: Mapping[str, Path]) -> Files:
@@ -237,10 +267,10 @@ def _sizes(run: PartialRun, names: list[str], files: Files, rest: list[TensorInf
     shapes = [run.spec(name)["shape"] for name in names]
     weights = sum(shape[0] * shape[1] for shape in shapes)
     kept = sum(info.num_bytes // info.element_bytes for info in rest)
-    size = dict.fromkeys(("compressed", "rest"), 0)
+    size = dict.fromkeys(("compressed", "rest", "lossless"), 0)
     for file, entry in files.items():
         size[file.split("-")[1]] += entry["size"]
-    return Sizes(size["compressed"], size["rest"], weights, weights + kept)
+    return Sizes(size["compressed"], size["rest"] + size["lossless"], weights, weights + kept)
 
 
 def _remove_strays(out: Path, files: Files) -> None:

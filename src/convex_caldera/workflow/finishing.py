@@ -54,6 +54,7 @@ def finish(
         ),
         certificate=certificate,
         activations=job.settings.activations,
+        lossless=job.settings.lossless,
     )
 
 

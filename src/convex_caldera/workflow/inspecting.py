@@ -63,6 +63,7 @@ class Inspection:
             f"{totals['bits_per_compressed_weight']:.4f} bits per compressed weight, "
             f"{totals['bits_per_weight']:.4f} per all weights"
             + (f", activations {totals['activations']}" if totals["activations"] else "")
+            + _saved(totals["lossless_saved_bytes"])
         )
 
 
@@ -86,6 +87,7 @@ def inspect_directory(directory: Path) -> Inspection:
             "bits_per_compressed_weight": sizes.bits_per_compressed_weight,
             "bits_per_weight": sizes.bits_per_weight,
             "activations": container.activations,
+            "lossless_saved_bytes": sizes.lossless_saved_bytes,
         },
     )
 
@@ -95,6 +97,10 @@ def _row(container: Container, name: str, record: dict[str, Any]) -> dict[str, A
     kept = ("shape", "bits", "rank", "loss", "relative_loss", "ridge", "dead_channels", "tokens")
     rates = {key: record.get(key) for key in ("nominal_bits", "entropy_bits")}  # since 0.1
     return {"name": name, "terms": _terms(spec), **rates, **{key: record[key] for key in kept}}
+
+
+def _saved(num_bytes: int) -> str:
+    return f", {num_bytes:,} bytes saved on kept tensors" if num_bytes else ""
 
 
 def _rate(value: float | None) -> str:

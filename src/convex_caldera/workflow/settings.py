@@ -56,6 +56,7 @@ class Settings(BaseModel):
     sample_size: Annotated[int, Field(ge=1)] | None = None
     clip_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     coder: Literal["huffman", "rans"] | None = None
+    lossless: bool = False
     activations: str | None = None
     dataset: str = "bundled:calibration"
     nsamples: Annotated[int, Field(ge=1)] = 128
