@@ -10,6 +10,9 @@ training has seen. `won_back` is the share of the lost quality: 1 - KL after / K
 same of the perplexity above the original's. `--ranks R S` adds the question of RILQ at equal
 bytes: rank R, trained and so kept in 16 bits, against rank S = 4 R in 4 bits, untrained.
 
+`untuned at that size` is the control: the same method given the bytes that the tuned model takes,
+since trained factors and vectors are kept in 16 bits.
+
 Folders under --work are reused, so that cells can be run one by one; rows of --out are replaced by
 those with the same name. CPU seconds are those of the process, whatever else the machine did.
 """
@@ -141,10 +144,13 @@ def run_cell(name: str, method: str, bits: float, args) -> list[dict]:
         out = folder / scope
         phases.append(tuned(last, out, scope, model, training, args.train, args))
         last = out
-    rows = evaluated([folder / p for p in ("before", "block", "model")], model, held_out, args)
+    size = open_container(last, verify=False).sizes().bits_per_compressed_weight
+    phases.append(compressed(model, calibration, method, size, folder / "control"))
+    done = [folder / p for p in ("before", "block", "model", "control")]
+    rows = evaluated(done, model, held_out, args)
     won_back(rows)
     cell = {"model": short, "method": method, "budget_bits": bits}
-    labels = ("original", "before", "after blocks", "after model")
+    labels = ("original", "before", "after blocks", "after model", "untuned at that size")
     return [
         cell | {"phase": label} | row | phase
         for label, row, phase in zip(labels, rows, ({}, *phases), strict=True)

@@ -20,6 +20,7 @@ class CardFacts:
         license: identifier inherited from the original, if known.
         results: rows of (measure, original, compressed), already formatted.
         certificate: one sentence, if there is a certificate.
+        kept: what is said of all tensors that are not compressed.
         activations: what the forward pass rounds activations to, if it does.
     """
 
@@ -30,6 +31,7 @@ class CardFacts:
     license: str | None = None
     results: tuple[tuple[str, str, str], ...] = ()
     certificate: str = ""
+    kept: str = "embeddings,\nnorms and biases are those of the original, byte for byte."
     activations: str = ""
 
 
@@ -43,8 +45,7 @@ def model_card(facts: CardFacts, sizes: Sizes) -> str:
     body = [
         f"# {facts.base_model}, compressed with Convex-CALDERA",
         "",
-        f"Method `{facts.method}`. Every compressed weight is `T^-1(codes + L R)`; embeddings,",
-        "norms and biases are those of the original, byte for byte.",
+        f"Method `{facts.method}`. Every compressed weight is `T^-1(codes + L R)`; {facts.kept}",
         "",
         "## Load",
         "",

@@ -71,9 +71,10 @@ def write_tuned(
         recipe=_recipe(source, settings),
         report=report,
         provenance=_provenance(source),
-        card=_card(source, settings, old),
+        card=_card(source, settings, old, bool(norms)),
         certificate=certificate_of(source),
         activations=source.activations,
+        lossless=bool(source.lossless),
     )
 
 
@@ -117,7 +118,9 @@ def _provenance(source: Container) -> dict[str, Any]:
     return {**record, "tuned_from": chain}
 
 
-def _card(source: Container, settings: TuneSettings, report: Mapping[str, Any]) -> CardFacts:
+def _card(
+    source: Container, settings: TuneSettings, report: Mapping[str, Any], norms: bool
+) -> CardFacts:
     published = settings.published()
     run = source.recipe().get("run", {})
     certificate = certificate_of(source)
@@ -128,6 +131,9 @@ def _card(source: Container, settings: TuneSettings, report: Mapping[str, Any]) 
         command=_command_line(published),
         calibration=f"Fine-tuned on {settings.nsamples} windows of {published['dataset']}.",
         certificate=statement and f"Before fine-tuning: {statement}",
+        activations=source.activations or "",
+        kept="all other tensors\nare those of the original, byte for byte"
+        + (", but for the norms, which were fine-tuned." if norms else "."),
     )
 
 
