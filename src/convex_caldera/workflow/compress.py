@@ -74,6 +74,7 @@ class Summary:
     seconds: float
     peak_memory_bytes: int
     input_curvature_only: tuple[str, ...] = ()
+    lossless_saved_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
@@ -99,6 +100,8 @@ class Summary:
                 f"no plan within the budget is below {self.allocation['bound']:.5f} "
                 f"(gap {100 * (self.allocation['plan_gap'] or 0.0):.3f} %)"
             )
+        if self.lossless_saved_bytes:
+            lines.append(f"{self.lossless_saved_bytes:,} bytes saved on tensors kept bit for bit")
         if self.whole_model_in_memory:
             lines.append("note: the original was held whole in memory")
         if self.input_curvature_only:
@@ -271,6 +274,7 @@ def _summary(
         original_bytes=job.source.checkpoint.stored_bytes,
         bits_per_compressed_weight=sizes.bits_per_compressed_weight,
         bits_per_weight=sizes.bits_per_weight,
+        lossless_saved_bytes=sizes.lossless_saved_bytes,
         compressed_weights=sizes.compressed_weights,
         budget_bytes=job.budget.compressed_bytes,
         layers=len(job.sites),
