@@ -20,7 +20,7 @@ LONGEST = 80
 
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
-COMMAND = re.compile(r"^\s*\$? ?convex-caldera ([a-z]+)(.*(?:\\\n.*)*)$", re.MULTILINE)
+COMMAND = re.compile(r"^\s*\$? ?convex-caldera ([a-z]+(?:-[a-z]+)*)(.*(?:\\\n.*)*)$", re.MULTILINE)
 
 
 def name_of(path: Path) -> str:

@@ -315,6 +315,7 @@ def test_methods_lists_them_all(tmp_path: Path) -> None:
 COMMANDS = [
     "compress", "plan", "calibrate", "allocate", "demo", "eval", "inspect", "generate", "verify",
     "report", "export", "distortion", "methods", "stages", "sweep",
+    "eval-pope", "bench", "compare",
 ]  # fmt: skip
 
 

@@ -1,0 +1,129 @@
+"""Ready-to-run recipes for Llama models, with disk and memory from `plan` and a guess of the time.
+
+    python benchmarks/recipes.py
+
+`plan` reads shapes only. So each model is stood in for by its configuration and a sparse file with
+the right header, which holds no weight and takes no disk. Writes results/recipes.json.
+
+Seconds are scaled from one 4096 x 4096 matrix through CALDERA on two CPU threads
+(results/layer.json) by m n (m + n) / 2, the order of its products and factorizations; calibration
+comes on top. They say an order of magnitude, for that machine.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from convex_caldera.workflow.estimate import estimate
+from convex_caldera.workflow.settings import make_settings
+
+RESULTS = Path(__file__).parent / "results"
+# hidden, MLP, layers, heads, key-value heads, vocabulary, positions
+SHAPES = {
+    "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32, 32, 32000, 4096),
+    "meta-llama/Llama-2-13b-hf": (5120, 13824, 40, 40, 40, 32000, 4096),
+    "meta-llama/Llama-2-70b-hf": (8192, 28672, 80, 64, 8, 32000, 4096),
+    "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 32, 8, 128256, 8192),
+}
+RECIPES = (
+    ("caldera", 2.2, "input"),
+    ("quip-sharp", 2.2, "input"),
+    ("convex-caldera", 2.2, "input"),
+    ("convex-caldera", 3.2, "input"),
+)
+NSAMPLES, SEQLEN = 256, 2048
+
+
+def main() -> None:
+    layer = json.loads((RESULTS / "layer.json").read_text())
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            stand_in = write_stand_in(Path(folder) / name.rpartition("/")[2], *shape)
+            rows += [row(name, stand_in, layer, *recipe) for recipe in RECIPES]
+    record = {
+        "command": "python benchmarks/recipes.py",
+        "nsamples": NSAMPLES,
+        "seqlen": SEQLEN,
+        "layer": {key: layer[key] for key in ("size", "threads", "machine")},
+        "rows": rows,
+    }
+    (RESULTS / "recipes.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def row(
+    name: str, stand_in: Path, layer: dict[str, Any], method: str, bits: float, curvature: str
+) -> dict[str, Any]:
+    settings = make_settings(
+        model=str(stand_in), method=method, bits=bits, curvature=curvature, nsamples=NSAMPLES,
+        seqlen=SEQLEN, dtype="bfloat16",
+    )  # fmt: skip
+    plan = estimate(settings).to_dict()
+    products = sum(m * n * (m + n) / 2 for m, n in (r["shape"] for r in plan["layers"]))
+    short = name.rpartition("/")[2]
+    return {
+        "model": name,
+        "method": method,
+        "command": f"convex-caldera compress {name} -o {short}-{method}-{bits} --method {method} "
+        f"--bits {bits} --curvature {curvature} --dataset allenai/c4@en:validation "
+        f"--nsamples {NSAMPLES} --seqlen {SEQLEN} --dtype bfloat16",
+        "file_bytes": plan["file_bytes"],
+        "original_bytes": plan["original_bytes"],
+        "bits_per_compressed_weight": plan["bits_per_compressed_weight"],
+        "bits_per_weight": plan["bits_per_weight"],
+        "peak_memory_bytes": plan["peak_memory_bytes"],
+        "fit_hours": layer["seconds"]["total"] * products / layer["size"] ** 3 / 3600,
+    }
+
+
+def write_stand_in(
+    folder: Path,
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    vocabulary: int,
+    longest: int,
+) -> Path:
+    """config.json and a sparse model.safetensors of float16 tensors."""
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "vocab_size": vocabulary, "max_position_embeddings": longest,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    narrow = hidden // heads * kv
+    block = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp), "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,)}
+    shapes |= {"lm_head": (vocabulary, hidden)}
+    shapes |= {f"model.layers.{i}.{k}": s for i in range(layers) for k, s in block.items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[f"{name}.weight"] = {
+            "dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]
+        }  # fmt: skip
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
