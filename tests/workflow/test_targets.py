@@ -114,6 +114,7 @@ def test_plans_are_certified_again_with_what_their_layers_then_cost(
     [
         (("--method", "rtn"), ["drift-corrected targets need calibration", "--curvature input"]),
         (("--nsamples", 2), ["at least 3 calibration windows", "--nsamples"]),
+        (("--method", "reallm"), ["reallm stores the options it has measured", "targets"]),
     ],
 )
 def test_targets_without_enough_text_are_refused(

@@ -165,6 +165,11 @@ def prepare(settings: Settings) -> Job:
     budget = budget_of(settings, source, sites)
     check_ties(settings, sites)
     uniform_plan(sites, method, settings, budget)  # raises if infeasible, before any work
+    if settings.targets != "original" and method.menu is not None:
+        raise RecipeError(
+            f"{method.name} stores the options it has measured; "
+            f"leave out {settings.targets} targets"
+        )
     job = Job(settings, method, skeleton, source, sites, budget, None)
     if job.curvature == "none":
         if settings.targets != "original":
