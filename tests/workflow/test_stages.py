@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from convex_caldera.errors import ConvexCalderaError, RecipeError, ResumeError
+from convex_caldera.errors import ConvexCalderaError, InterruptedRunError, RecipeError, ResumeError
 from convex_caldera.storage.manifest import MANIFEST
 from convex_caldera.workflow import stages as stages_module
 from convex_caldera.workflow.compress import compress_to
@@ -202,6 +203,25 @@ def test_another_configuration_is_refused_unless_told(
         Stages(config(tiny_model()), tmp_path).run()
 
 
+def test_another_evaluation_is_made_on_the_same_model(
+    finished: tuple[Path, dict], tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = finished
+    shutil.copytree(out, out.with_name("copy"))
+    monkeypatch.setattr(stages_module, "prepare", None)
+    changed = config(tiny_model(), "approximate.chunk_size=5", "evaluate.perplexity.num_samples=2")
+    again = Stages(changed, out.with_name("copy")).run()
+    assert again["perplexity"]["kl"] != results["perplexity"]["kl"]
+    assert again["quantize"] == results["quantize"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"fingerprint": "x"}'])
+def test_a_damaged_record_is_refused(tiny_model: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "stages.json").write_text(content)
+    with pytest.raises(ResumeError, match="begin anew"):
+        Stages(config(tiny_model()), tmp_path).run()
+
+
 def test_chunks_of_several_processes_wait_for_each_other(tiny_model: Any, tmp_path: Path) -> None:
     def chunk(index: int, *more: str) -> dict[str, Any]:
         made = config(
@@ -233,7 +253,7 @@ def test_a_stopped_run_goes_on_where_it_was(
                 raise KeyboardInterrupt
 
     made = config(tiny_model(), "approximate.name=lqer-svd", "enable_perplexity_evaluation=false")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match="approximate"):
         Stages(made, tmp_path / "out", progress=Stop(), workers=1).run()
     assert (tmp_path / "out" / "approximate").is_dir()
     results = Stages(made, tmp_path / "out", workers=1).run()

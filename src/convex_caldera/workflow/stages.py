@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convex_caldera.errors import RecipeError, ResumeError
+from convex_caldera.errors import InterruptedRunError, RecipeError, ResumeError
 from convex_caldera.models.sites import Site
 from convex_caldera.recipes.records import canonical_json, to_toml
 from convex_caldera.storage.files import write_atomically
@@ -81,15 +81,29 @@ class Stages:
         settings = settings_of(self.config)
         record = self._opened(settings)
         for name, enabled in self._enabled().items():
-            if enabled and name not in record["results"]:
-                started = time.monotonic()
+            options = self._options(name)
+            if not enabled or record["results"].get(name, {}).get("options", ...) == options:
+                continue
+            started = time.monotonic()
+            try:
                 result = self._stage(name)(settings)
-                if result is None:  # a chunk of several
-                    break
-                result = {**result, "seconds": time.monotonic() - started}
-                record["results"][name] = result
-                self._write(RECORD, record)
+            except KeyboardInterrupt as error:
+                raise InterruptedRunError(
+                    f"interrupted in the stage {name}; run the same command again to go on"
+                ) from error
+            if result is None:  # a chunk of several
+                break
+            seconds = time.monotonic() - started
+            record["results"][name] = {**result, "options": options, "seconds": seconds}
+            self._write(RECORD, record)
         return dict(record["results"])
+
+    def _options(self, name: str) -> dict[str, Any]:
+        """What a stage depends on beyond the settings; it is done again if this changes."""
+        evaluate = self.config.evaluate
+        chosen = {"perplexity": evaluate.perplexity, "downstream": evaluate.harness_downstream}
+        options = chosen.get(name)
+        return {} if options is None else {**options.model_dump(mode="json"), "on": evaluate.device}
 
     def _enabled(self) -> dict[str, bool]:
         config = self.config
@@ -115,14 +129,12 @@ class Stages:
 
     def _opened(self, settings: Settings) -> dict[str, Any]:
         """What is done here already, if it is of this configuration."""
-        what = settings.model_dump(mode="json")
-        evaluate = self.config.evaluate.model_dump(mode="json", exclude={"disable_lqer"})
-        text = canonical_json({"settings": what, "evaluate": evaluate})
+        text = canonical_json(settings.model_dump(mode="json"))
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         empty = {"fingerprint": fingerprint, "results": {}}
         path = self.out / RECORD
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = _read_record(path)
             if found["fingerprint"] == fingerprint:
                 return found
             if not self.config.overwrite_checkpoint:
@@ -312,6 +324,19 @@ class Stages:
         with PartialRun(folder, job.fingerprint()) as chunk:
             for name in missing:
                 run.put(name, chunk.get(name), chunk.record(name))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """stages.json. Raises ResumeError if it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResumeError(
+            f"{path} is damaged ({error}); remove the folder and begin anew"
+        ) from error
+    if not isinstance(found, dict) or set(found) != {"fingerprint", "results"}:
+        raise ResumeError(f"{path} is not a record of stages; remove the folder and begin anew")
+    return found
 
 
 def run_tasks(

@@ -42,6 +42,7 @@ from convex_caldera.workflow.templates import find
 
 HEADINGS = ("precision", "bits/weight", "file bytes", "perplexity", "KL", "relative loss")
 MISSING = "-"
+_NOT_IN_TABLE = ("seconds", "output", "tasks", "options")
 
 
 class Axis(Strict):
@@ -208,7 +209,7 @@ def _row(cell: Cell, results: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"values": cell.values, "seconds": {}}
     for stage, result in results.items():
         row["seconds"][stage] = result["seconds"]
-        row |= {k: v for k, v in result.items() if k not in ("seconds", "output", "tasks")}
+        row |= {k: v for k, v in result.items() if k not in _NOT_IN_TABLE}
     tasks = results.get("downstream", {}).get("tasks", {})
     row["tasks"] = {name: _main_metric(metrics) for name, metrics in tasks.items()}
     return row
