@@ -1,14 +1,15 @@
 """The LQER family measured: formats, layers, bits, the exact route's time, quality at W4A8.
 
     python benchmarks/lqer.py [--parts formats bits layers root quality] [--sizes 1024 2048]
-                              [--data DATA] [--out benchmarks/results/lqer.json]
+                              [--models bundled]
+                              [--out benchmarks/results/lqer.json]
 
 formats  error on N(0, 1) and stored bits of MXINT, integers, NormalFloat, minifloats
 bits     average bits of Llama-2-7B's layers, per original weight
 layers   the bundled model: seconds of profile and approximate, and every layer's output error
 root     QERA-exact at n x n: one low-rank fit here, and the published route (scipy's Schur root
          of H, SVD of the scaled error, solve); one thread, CPU seconds
-quality  perplexity and KL of every method at W4, W3, W2 with A16, A8, A6, from stored models
+quality  perplexity and KL of every method at W4A16, W4A8, W4A6, W2A8, from stored models
 
 Parts that are not asked for keep their figures in the output file.
 """
@@ -57,7 +58,7 @@ FORMATS = [
 ]  # fmt: skip
 LLAMA_2_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 RANK = 8  # a thirty-second of the bundled model's width, as 128 is of 4096
-PRECISIONS = [(4, "16"), (4, "8"), (4, "6"), (3, "8"), (2, "8")]
+PRECISIONS = [(4, "16"), (4, "8"), (4, "6"), (2, "8")]
 
 
 def formats() -> list[dict[str, Any]]:
@@ -172,54 +173,47 @@ def _loss(E: torch.Tensor, H: torch.Tensor) -> float:
 
 
 def quality(models: list[str], max_tokens: int) -> list[dict[str, Any]]:
-    """Every method, reloaded from disk, evaluated beside the original."""
+    """Every method, reloaded from disk, evaluated beside the original in one run per precision."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for model in models:
-            statistics = Path(folder) / f"statistics-{Path(model).name}"
-            for method in RECIPES:
-                for width, activation in PRECISIONS:
+            for width, activation in PRECISIONS:
+                outs = [_compressed(model, method, width, activation, folder) for method in RECIPES]
+                found = evaluate_models(
+                    [model, *(str(out) for out, _ in outs)], "bundled:test", max_tokens=max_tokens
+                ).to_dict()["models"]
+                for method, (_, summary), score in zip(RECIPES, outs, found[1:], strict=True):
                     rows.append(
-                        _cell(
-                            model, method, width, activation, Path(folder), statistics, max_tokens
-                        )
+                        {
+                            "model": Path(model).name,
+                            "method": method,
+                            "precision": summary.precision,
+                            "bits": summary.bits_per_compressed_weight,
+                            "perplexity": score["perplexity"],
+                            "original_perplexity": found[0]["perplexity"],
+                            "kl": score["kl"],
+                            "kl_stderr": score["kl_stderr"],
+                            "tokens": score["tokens"],
+                        }
                     )
                     print(rows[-1], flush=True)
     return rows
 
 
-def _cell(
-    model: str,
-    method: str,
-    width: int,
-    activation: str,
-    folder: Path,
-    statistics: Path,
-    tokens: int,
-) -> dict[str, Any]:
+def _compressed(
+    model: str, method: str, width: int, activation: str, folder: Path
+) -> tuple[Path, Any]:
     options: dict[str, Any] = {"format": f"mxint{width}/16"}
     if method != "no-lqer":
         options |= {"rank": RANK, "factor_format": "mxint8/16"}
     if activation != "16":
         options["activations"] = f"mxint{activation}/16"
-    settings = make_settings(
-        model=model, method=method, nsamples=32, dataset="bundled:calibration", **options
-    )
+    settings = make_settings(model=model, method=method, nsamples=32, **options)
     out = folder / f"{Path(model).name}-{method}-{width}-{activation}"
+    statistics = folder / f"statistics-{Path(model).name}"
     seen = method not in ("no-lqer", "lqer")
-    summary = compress_to(settings, out, hessians=statistics if seen else None)
-    result = evaluate_models([model, str(out)], "bundled:test", max_tokens=tokens).to_dict()
-    original, compressed = result["models"]
-    return {
-        "model": Path(model).name,
-        "method": method,
-        "precision": summary.precision,
-        "bits": summary.bits_per_compressed_weight,
-        "perplexity": compressed["perplexity"],
-        "original_perplexity": original["perplexity"],
-        "kl": compressed["kl"],
-        "kl_stderr": compressed["kl_stderr"],
-    }
+    return out, compress_to(settings, out, hessians=statistics if seen else None)
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -252,7 +246,11 @@ def markdown(record: dict[str, Any]) -> str:
             for r in record["quality"]
         ]  # fmt: skip
         heads = ("model", "method", "precision", "bits", "perplexity", "KL")
-        text = f"MXINT in blocks of 16, rank {RANK}, factors MXINT8."
+        first = record["quality"][0]
+        text = (
+            f"MXINT in blocks of 16, rank {RANK}, factors MXINT8; {first['tokens']} tokens of "
+            f"bundled:test, original perplexity {first['original_perplexity']:.3f}."
+        )
         parts += ["## Quality", "", text, "", *_fenced(heads, rows)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -313,7 +311,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096])
     parser.add_argument("--most", type=int, default=4096, help="published route up to this n")
     parser.add_argument("--models", nargs="+", default=["bundled"])
-    parser.add_argument("--max-tokens", type=int, default=16_000)
+    parser.add_argument("--max-tokens", type=int, default=8_000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lqer.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
