@@ -123,6 +123,11 @@ def evaluated(directories: list[Path], model: str, text: str, args) -> list[dict
     return rows
 
 
+def training(args) -> dict:
+    """How the phases of a cell were trained, block and model."""
+    return {"windows": args.nsamples, "epochs": args.epochs, "lr": args.lr, "train": args.train}
+
+
 def won_back(rows: list[dict]) -> None:
     """Shares of the lost KL and perplexity that each phase has won back, into the rows."""
     original, before = rows[0], rows[1]
@@ -144,16 +149,19 @@ def run_cell(name: str, method: str, bits: float, args) -> list[dict]:
         out = folder / scope
         phases.append(tuned(last, out, scope, model, training, args.train, args))
         last = out
-    size = open_container(last, verify=False).sizes().bits_per_compressed_weight
-    phases.append(compressed(model, calibration, method, size, folder / "control"))
-    done = [folder / p for p in ("before", "block", "model", "control")]
+    done = [folder / p for p in ("before", "block", "model")]
+    if args.control:
+        size = open_container(last, verify=False).sizes().bits_per_compressed_weight
+        done.append(folder / "control")
+        phases.append(compressed(model, calibration, method, size, done[-1]))
     rows = evaluated(done, model, held_out, args)
     won_back(rows)
-    cell = {"model": short, "method": method, "budget_bits": bits}
+    cell = {"model": short, "method": method, "budget_bits": bits, **training(args)}
+    cell |= {"max_tokens": args.max_tokens}
     labels = ("original", "before", "after blocks", "after model", "untuned at that size")
     return [
         cell | {"phase": label} | row | phase
-        for label, row, phase in zip(labels, rows, ({}, *phases), strict=True)
+        for label, row, phase in zip(labels, rows, ({}, *phases), strict=False)
     ]
 
 
@@ -172,7 +180,8 @@ def run_ranks(name: str, ranks: tuple[int, int], bits: float, args) -> list[dict
     rows = evaluated([small, large, folder / "tuned"], model, held_out, args)
     labels = ("original", f"rank {ranks[0]}, 4-bit factors", f"rank {ranks[1]}, 4-bit factors",
               f"rank {ranks[0]} trained, 16-bit factors")  # fmt: skip
-    cell = {"model": short, "method": f"caldera ranks {ranks[0]}/{ranks[1]}", "budget_bits": bits}
+    method = f"caldera ranks {ranks[0]}/{ranks[1]}"
+    cell = {"model": short, "method": method, "budget_bits": bits, **training(args)}
     return [
         cell | {"phase": label} | row | more
         for label, row, more in zip(labels, rows, ({}, *made, spent), strict=True)
@@ -214,12 +223,7 @@ def save(new: list[dict], skipped: list[str], args) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "train": args.train,
-        "windows": args.nsamples,
         "seqlen": args.seqlen,
-        "epochs": args.epochs,
-        "lr": args.lr,
-        "max_tokens": args.max_tokens,
         "skipped": skipped,
         "rows": rows,
     }
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--epochs", nargs=2, type=float, default=[1.0, 1.0], help="block, model")
     parser.add_argument("--lr", nargs=2, type=float, default=[2e-3, 5e-3], help="block, model")
+    parser.add_argument("--no-control", dest="control", action="store_false")
     parser.add_argument("--time-budget", type=float, default=None)
     parser.add_argument("--max-tokens", type=int, default=40_000)
     parser.add_argument("--work", type=Path, default=None, help="kept and reused; else temporary")
