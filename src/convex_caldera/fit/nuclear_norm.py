@@ -27,11 +27,12 @@ from convex_caldera.errors import RecipeError
 from convex_caldera.fit.low_rank import fit_low_rank
 from convex_caldera.linalg.dual_norm import equalize, spectral_norm_bound, spectral_norm_estimate
 from convex_caldera.linalg.proximal import Iterate, descend
+from convex_caldera.linalg.rank_search import least_within
 from convex_caldera.linalg.thresholding import Factored, Thresholder
 
 CHECK_EVERY = 4
 MOST_STEPS = 2000
-RANK_HALVINGS = 40  # of the logarithmic bracket of mu
+RANK_PRECISION = 1.002  # ratio of the bracket's ends at which the search of mu stops
 MU_RANGE = 1e-8  # mu is sought between this share of its largest useful value and that value
 RANK_TOLERANCE = 1e-4  # relative gap at which the rank is read off during the search
 
@@ -83,19 +84,16 @@ def fit_nuclear_norm(
     if (mu is None) == (tau is None) or min(mu or 0.0, tau or 0.0) < 0:
         raise RecipeError(f"give exactly one of mu and tau, >= 0; got mu={mu}, tau={tau}")
     fit = _Fit(A.double(), None if H is None else H.double(), mu, tau, tol)
-    iterate, steps = descend(
-        fit.smooth, fit.prox, [torch.zeros_like(fit.A)], [fit.most], fit.done, most_steps
-    )
-    return fit.result(iterate, steps)
+    return fit.result(*fit.descend(torch.zeros_like(fit.A), most_steps))
 
 
 def mu_for_rank(A: Tensor, H: Tensor | None, rank: int) -> float:
     """The least mu, to a fraction of a percent, whose penalty solution has at most that rank.
 
-    Bisection on log mu; the rank of the solution falls with mu, though not strictly everywhere.
-
     Raises:
         RecipeError: rank out of range.
+
+    Cost: about a dozen loose solutions of at most about the wanted rank, each begun at the last.
     """
     if not 0 <= rank <= min(A.shape):
         raise RecipeError(f"rank {rank} is out of range for a {tuple(A.shape)} matrix")
@@ -103,16 +101,17 @@ def mu_for_rank(A: Tensor, H: Tensor | None, rank: int) -> float:
     high = spectral_norm_bound(_times(A, H))  # from here on Z = 0
     if rank == 0 or high == 0.0:
         return high
-    low = MU_RANGE * high
-    for _ in range(RANK_HALVINGS):
-        middle = (low * high) ** 0.5
-        if fit_nuclear_norm(A, H, mu=middle, tol=RANK_TOLERANCE).rank <= rank:
-            high = middle
-        else:
-            low = middle
-        if high <= low * 1.002:
-            break
-    return high
+    fit = _Fit(A, None if H is None else H.double(), high, None, RANK_TOLERANCE)
+    start = torch.zeros_like(A)
+
+    def rank_at(mu: float) -> int:
+        nonlocal start
+        fit.mu = mu
+        iterate, _ = fit.descend(start, MOST_STEPS)
+        start = iterate.dense[0]
+        return iterate.factors[0].rank
+
+    return least_within(rank_at, rank, high, MU_RANGE * high, RANK_PRECISION)
 
 
 def debias(A: Tensor, H: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
@@ -145,6 +144,10 @@ class _Fit:
         self.A, self.H, self.mu, self.tau, self.tol = A, H, mu, tau, tol
         self.most = 1.0 if H is None else _largest_eigenvalue(H)
         self.thresholder = Thresholder((A.shape[0], A.shape[1]), A)
+
+    def descend(self, start: Tensor, most_steps: int) -> tuple[Iterate, int]:
+        """Accelerated steps from `start` until the gap is small enough."""
+        return descend(self.smooth, self.prox, [start], [self.most], self.done, most_steps)
 
     def smooth(self, Z: list[Tensor]) -> _Point:
         E = self.A - Z[0]
