@@ -108,6 +108,16 @@ def layout(record, shape):
         if kind == "uniform" and not record["symmetric"]:
             fields["zero_points"] = ("U8", (-(-grid[0] * grid[1] * b // 8),))
         return fields
+    if kind in ("mxint", "minifloat"):
+        b, g = record["bits"], record["group_size"]
+        grid = (1, 1) if g == -1 else (m, 1 if g == 0 else -(-n // min(g, n)))
+        fields = {"codes": ("U8", (-(-m * n * b // 8),))}
+        if kind == "minifloat":
+            scale = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+            return fields | {"scales": (scale[record["scale_dtype"]], grid)}
+        w = record["exponent_bits"]
+        fields["exponents"] = ("U8", (-(-grid[0] * grid[1] * w // 8),))
+        return fields | ({"base": ("U8", (1,))} if w < 8 else {})
     if kind == "e8p":
         return {"scale": ("F32", (1,)), "codes": ("U8", (m * blocks * record["bits"],))}
     if kind == "trellis":
@@ -132,6 +142,7 @@ def layout(record, shape):
 
 def coded(record, shape, tensors):
     decode = {"uniform": uniform, "normal_float": normal_float, "e8p": e8p, "trellis": trellis}
+    decode |= {"mxint": mxint, "minifloat": minifloat}
     return decode[record["kind"]](record, shape, tensors).astype(np.float64)
 
 
@@ -177,6 +188,25 @@ def normal_float(record, shape, tensors):
     levels = np.array([quantile(each) / quantile(1 - delta) for each in p], np.float32)
     codes = stream(tensors["codes"], b, m * n).reshape(m, n)
     return levels[codes] * tensors["scales"].astype(np.float32)[groups(record["group_size"], m, n)]
+
+
+def mxint(record, shape, tensors):
+    (m, n), b, g = shape, record["bits"], record["group_size"]
+    grid = (1, 1) if g == -1 else (m, 1 if g == 0 else -(-n // min(g, n)))
+    e = stream(tensors["exponents"], record["exponent_bits"], grid[0] * grid[1]).reshape(grid)
+    E = e + int(tensors.get("base", [0])[0]) - 127
+    codes = stream(tensors["codes"], b, m * n).reshape(m, n)
+    return (codes - (2.0 ** (b - 1) - 1)) * 2.0 ** (E - (b - 2.0))[groups(g, m, n)]
+
+
+def minifloat(record, shape, tensors):
+    (m, n), b, x = shape, record["bits"], record["exponent_bits"]
+    k, bias = b - 1 - x, 2 ** (x - 1) - 1
+    c = stream(tensors["codes"], b, m * n).reshape(m, n)
+    sign, X, M = c >> (b - 1), (c >> k) % 2**x, c % 2**k
+    size = np.where(X == 0, M / 2**k * 2.0 ** (1 - bias), (1 + M / 2**k) * 2.0 ** (X - bias))
+    scales = tensors["scales"].astype(np.float32)[groups(record["group_size"], m, n)]
+    return np.where(sign == 1, -size, size) * scales
 
 
 def e8p_rows():

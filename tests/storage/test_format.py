@@ -11,6 +11,8 @@ import torch
 from convex_caldera import quantizers, transforms
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.minifloat import Minifloat
+from convex_caldera.quantizers.mxint import MXInt
 from convex_caldera.quantizers.normal_float import NormalFloat
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
@@ -29,6 +31,9 @@ QUANTIZERS = [
     Uniform(1, group_size=-1, symmetric=True, search=False, scale_dtype="float32"),
     Uniform(3, group_size=8, symmetric=True, search=False, legacy_levels=True),
     *(NormalFloat(b, group_size=16) for b in (2, 4)),
+    *(MXInt(b, group_size=8) for b in (2, 4, 8)),
+    MXInt(3, group_size=0, exponent_bits=3, exponent_rule="legacy"),
+    *(Minifloat(b, x, 8) for b, x in ((4, 2), (6, 3), (3, 1))),
     *(E8P(b) for b in (2, 3, 4)),
     *(E8P(b, joint_scale=False) for b in (3, 4)),
     *(Trellis(2.0, 6, code) for code in ("mul1", "mul2", "1mad", "3inst", "mcg")),
