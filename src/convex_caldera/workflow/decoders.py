@@ -66,11 +66,11 @@ def with_decoders(
             continue
         path = run.folder / FOLDER / f"{hashlib.sha256(home.encode()).hexdigest()[:24]}.safetensors"
         core = _training_core([core_of(recipes[name]) for name in members])
-        trained = _read(path, core) if path.is_file() else None
+        trained = read_decoder(path, core) if path.is_file() else None
         if trained is None:
             patches = _sample(job, fitter, {n: recipes[n] for n in members}, sites, progress)
             trained = _train(core, patches, len(members), progress)
-            _write(path, trained)
+            write_decoder(path, trained)
         for name in members:
             record = core_of(recipes[name])
             primed = TrainedNeural(record, trained.decoder, trained.encoder)
@@ -146,7 +146,7 @@ def _scaled(recipe: Recipe) -> DoubleScale:
 # --- on disk --------------------------------------------------------------------------------
 
 
-def _write(path: Path, trained: Trained) -> None:
+def write_decoder(path: Path, trained: Trained) -> None:
     """Decoder and encoder, under a temporary name first."""
     from safetensors.torch import save_file
 
@@ -159,8 +159,8 @@ def _write(path: Path, trained: Trained) -> None:
     temporary.replace(path)
 
 
-def _read(path: Path, core: Neural) -> Trained | None:
-    """What `_write` wrote for this record; None if it does not fit, which means: train again."""
+def read_decoder(path: Path, core: Neural) -> Trained | None:
+    """What `write_decoder` wrote for this record; None, to be trained again, if it does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
