@@ -25,6 +25,7 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.errors import DataError
 from convex_caldera.fit.low_rank import fit_low_rank
 from convex_caldera.linalg.dual_norm import spectral_norm_bound
+from convex_caldera.linalg.rank_search import least_within
 
 HIGH_RATE_DECAY = 2 * math.log(2)  # 6.02 dB per bit
 BUDGET_ROUNDS = 4  # each sets aside what the last one's factors need
@@ -234,14 +235,12 @@ class _Program:
         high = max(self._silencing(g) for g in range(len(self.W)))
         if rank == 0 or high == 0.0:
             return high
-        low, tol = MU_RANGE * high, max(SEARCH_TOLERANCE, self.params.solver_tol)
-        while high > MU_PRECISION * low:
-            middle = math.sqrt(low * high)
-            if max(self.solve(middle, tol, SEARCH_STEPS).ranks) <= rank:
-                high = middle
-            else:
-                low = middle
-        return high
+        tol = max(SEARCH_TOLERANCE, self.params.solver_tol)
+
+        def rank_at(mu: float) -> int:
+            return max(self.solve(mu, tol, SEARCH_STEPS).ranks)
+
+        return least_within(rank_at, rank, high, MU_RANGE * high, MU_PRECISION)
 
     def _silencing(self, g: int) -> float:
         """A mu from which on Z_g = 0: ||W_g H_s||_2 at the largest multiplier s."""
