@@ -307,8 +307,9 @@ def _random_words(s: dict[str, Any]) -> list[str]:
     most = s["largest_among_those"]
     lines = [
         f"{s['instances']} instances, {s['active_budgets']} with an active budget. Ours: relative "
-        f"gap at most {s['largest_gap']:.1e}, verified; stationarity {s['largest_stationarity']:.1e}; "
-        f"largest violation {s['largest_violation']:.1e}, the rounding of W - Z - R.",
+        f"gap at most {s['largest_gap']:.1e}, verified; stationarity "
+        f"{s['largest_stationarity']:.1e}; largest violation {s['largest_violation']:.1e}, the "
+        "rounding of W - Z - R.",
         "",
         f"CVXPY + Clarabel gave up on {len(s['oracle_gave_up'])}, called {s['oracle_not_optimal']} "
         f"inaccurate, and agrees with us on {s['agree']}: objective within "
