@@ -62,16 +62,11 @@ def allocate_menu(
     """The plan, stored layer by layer, and its certificate.
 
     Raises:
-        RecipeError: rates or ranks to choose from are given, which only the menu names here, or
-            targets that depend on earlier layers.
+        RecipeError: the curvature is guided.
         InfeasibleBudgetError: as `allocating`.
     """
-    settings = job.settings
-    for key in ("bits_menu", "rank_menu"):
-        if getattr(settings, key) is not None:
-            raise RecipeError(f"{job.method.name} has a menu of its own; leave out {key}")
-    if settings.targets == "drift-corrected" or job.curvature == "guided":
-        raise RecipeError(f"{job.method.name} takes original targets and no guided curvature")
+    if job.curvature == "guided":
+        raise RecipeError(f"{job.method.name} takes no guided curvature; choose kronecker or input")
     menu = Menu(job)
     allocator = MenuAllocator(job, fitter, run, progress, workers, menu)
     with PartialRun(run.folder / "measured", {"options": canonical_json(job.fingerprint())}) as m:

@@ -205,6 +205,10 @@ def check_wishes(sites: Sequence[NamedMatrix], method: Method, settings: Setting
     for key in ("tie", "bits_menu", "rank_menu"):
         if getattr(settings, key) and not method.allocates:
             raise RecipeError(f"{method.name} allocates nothing; leave out {key.replace('_', ' ')}")
+        if key != "tie" and getattr(settings, key) and method.menu is not None:
+            raise RecipeError(
+                f"{method.name} has a menu of its own; leave out {key.replace('_', ' ')}"
+            )
     given = {key for _, pinned in pins for key in pinned}
     optional = (
         "rank",
