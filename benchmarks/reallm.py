@@ -122,21 +122,30 @@ def main() -> None:
     parser.add_argument("--matrices", nargs="+", default=list(MATRICES))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in args.matrices for row in measure(name, args.epochs)]
+    rows: list[dict] = []
+    for name in args.matrices:
+        rows += measure(name, args.epochs)
+        write(args.out, rows, args.epochs)
+    print(table(rows))
+
+
+def write(out: Path, rows: list[dict], epochs: int) -> None:
+    """The JSON record, and its table beside it."""
     record = {
         "version": convex_caldera.__version__,
         "python": platform.python_version(),
-        "epochs": args.epochs,
+        "epochs": epochs,
+        "matrices": sorted({row["matrix"] for row in rows}),
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    names = ", ".join(record["matrices"])
     head = (
-        "Means over matrices of the bundled model, H = I, no low rank, no feedback; all stored "
+        f"Means over {names} of the bundled model, H = I, no low rank, no feedback; all stored "
         'bits counted. "shared": the decoder spread over the whole model.\n\n'
     )
-    args.out.with_suffix(".md").write_text(head + table(rows))
-    print(table(rows))
+    out.with_suffix(".md").write_text(head + table(rows))
 
 
 if __name__ == "__main__":
