@@ -31,6 +31,8 @@ COMPRESS_KEYS = {
 }
 # Of any layer at so many bits on a random model; decoders take most of the bytes of a tiny one.
 LARGEST_LOSS = {"reallm": 0.5, "reallm-ae": 0.5}
+# How long their codes become is known when they are written; the plan counts the most.
+ENTROPY_CODED = ("scl-ecsq", "scl-ecvq")
 EVAL_KEYS = {
     "name",
     "file_bytes",
@@ -91,8 +93,11 @@ def test_plan_foretells_the_bytes(compressed: Any, method: str, tmp_path: Path) 
         [True] * LAYERS
     )
     assert ran.json["compressed_bytes"] <= ran.json["budget_bytes"] == WEIGHTS * BITS // 8
-    if not METHODS[method].allocates:  # a plan made from measurements may be any within budget
-        assert ran.json["file_bytes"] == output.ran.json["file_bytes"]
+    planned, stored = ran.json["file_bytes"], output.ran.json["file_bytes"]
+    if method in ENTROPY_CODED:
+        assert planned >= stored
+    elif not METHODS[method].allocates:  # a plan from measurements may be any within budget
+        assert planned == stored
     assert "model.layers.1.mlp.down_proj" in ran.out
 
 
