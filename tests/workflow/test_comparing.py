@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,32 @@ def test_compare_writes_both_tables_and_one_page(compressed: Any, tmp_path: Path
 
 def test_compare_fails_where_a_claim_is_false(compressed: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    import shutil
-
     copy = tmp_path / "altered"
     shutil.copytree(compressed("rtn").directory, copy)
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     ran = run("compare", copy, "-o", tmp_path / "page")
     assert ran.code == 4 and "false: " in ran.out + ran.err
+
+
+def test_generate_uses_the_chat_template_where_there_is_one(
+    tiny_model: Callable, tmp_path: Path
+) -> None:
+    model = tmp_path / "chatty"
+    shutil.copytree(tiny_model("llama"), model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}user: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} bot:{% endif %}"
+    )
+    said = {
+        option: run(
+            "generate", model, "--prompt", "The dog", "--max-new-tokens", 6, *option,
+            json_to=tmp_path / "said.json",
+        ).json["text"]
+        for option in ((), ("--chat",), ("--no-chat",))
+    }  # fmt: skip
+    assert said[()] == said["--chat",] != said["--no-chat",]
+    plain = run(
+        "generate", tiny_model("llama"), "--prompt", "The dog", "--max-new-tokens", 6,
+        json_to=tmp_path / "plain.json",
+    ).json["text"]  # fmt: skip
+    assert plain == said["--no-chat",]
