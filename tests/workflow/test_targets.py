@@ -186,11 +186,14 @@ DEAD = "model.layers.1.self_attn.v_proj"
 
 @pytest.fixture(scope="module")
 def muted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last block's attention output is zero, so that nothing before it matters."""
-    folder = tmp_path_factory.mktemp("muted") / "model"
+    return without_attention(model, 1, tmp_path_factory.mktemp("muted") / "model")
+
+
+def without_attention(model: Path, block: int, folder: Path) -> Path:
+    """A copy whose attention output is zero in a block, so that nothing before it matters."""
     shutil.copytree(model, folder)
     weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    weights[f"model.layers.{block}.self_attn.o_proj.weight"].zero_()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -219,7 +222,23 @@ def test_vanishing_gradients_fall_back_if_the_recipe_says_so(
     ]  # fmt: skip
     assert 'curvature_fallback = "input"' in (out / "convex_caldera" / "recipe.toml").read_text()
     losses = [layer["loss"] for layer in report["layers"].values()]
-    assert report["layers"][DEAD]["relative_loss"] > 0 and max(losses) > 0
+    assert report["layers"][DEAD]["loss"] == 0 and max(losses) > 0
+    dead = open_container(out).layer(DEAD).decode()
+    W = load_file(muted / "model.safetensors")[f"{DEAD}.weight"].float()
+    assert float((dead - W).norm() / W.norm()) < 0.1
+
+
+def test_plans_with_layers_that_fall_back_are_verified(
+    small: Path, text: Path, tmp_path: Path
+) -> None:
+    model = without_attention(small, 0, tmp_path / "model")
+    out, saved = tmp_path / "out", tmp_path / "saved"
+    menu = ("--bits", 7, "--bits-menu", "4,5", "--rank-menu", "0")
+    options = ("--curvature-fallback", "input", "--hessians", saved)
+    report = done(compress(model, out, text, *menu, *options), out)
+    assert "model.layers.0.self_attn.v_proj" in report["input_curvature_only"]
+    ran = run("verify", out, "--model", model, "--hessians", saved)
+    assert ran.code == 0, ran.out
 
 
 def test_moments_are_taken_over_enough_windows_and_no_more() -> None:

@@ -136,8 +136,8 @@ class GradientCurvatures:
     Some sequences are held out to check predictions. `seen` is what rounding sees where that is
     not the measured curvature: it is drawn towards something smoother (`shrinkage`), while
     losses are reported under what was measured. `fallbacks` are layers whose gradients vanish:
-    they are rounded under the second moment of their input, scaled to the least energy of all
-    others, and the report names them.
+    they are rounded under the second moment of their input, their predicted loss is the zero
+    that was measured, and the report names them.
     """
 
     def __init__(
@@ -154,30 +154,21 @@ class GradientCurvatures:
         self._model, self._held_out = model, held_out
         self._tokens = tokens.numel()
         self._shrinkage, self._fallbacks = shrinkage, tuple(fallbacks)
-        alive = [c.energy for name, c in curvatures.items() if name not in self._fallbacks]
-        self._least = min(alive, default=1.0)
 
     def problem(self, site: Site, W: Tensor) -> Problem:
-        if site.name in self._fallbacks:
-            return self._under_input(site, W)
         return problem_under(self._curvatures[site.name], W, site.name)
 
     def seen(self, site: Site, W: Tensor) -> Problem:
         if site.name in self._fallbacks:
-            return self._under_input(site, W)
+            moment = Hessian(self._inputs[site.name], name=f"{site.name} (input alone)")
+            return Problem(W, moment, site.name)
         towards = self._inputs[site.name] if self._shrinkage.towards == "input" else None
         drawn = shrunk(self._curvatures[site.name], self._shrinkage, towards)
         return problem_under(drawn, W, site.name)
 
     @property
     def smooths(self) -> bool:
-        return max(self._shrinkage.input, self._shrinkage.output) > 0
-
-    def _under_input(self, site: Site, W: Tensor) -> Problem:
-        H = self._inputs[site.name]
-        mean = float(H.diagonal().mean())
-        scaled = H * (self._least / mean) if mean > 0 else H
-        return Problem(W, Hessian(scaled, name=f"{site.name} (input alone)"), site.name)
+        return bool(self._fallbacks) or max(self._shrinkage.input, self._shrinkage.output) > 0
 
     def tokens(self, site: Site) -> int:
         del site
