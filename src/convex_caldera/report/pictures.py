@@ -176,7 +176,7 @@ def _certificate_pictures(run: Run) -> Iterator[Picture]:
             lambda layer: layer.program_gap,
             quantity="relative gap",
             log=True,
-            limit=(PROGRAM_GAP, f"{PROGRAM_GAP:g}"),
+            limit=(PROGRAM_GAP, "goal"),
         )
     both = [r for r in run.layers if r.predicted_kl is not None and r.measured_kl is not None]
     if both:
