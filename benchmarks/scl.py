@@ -7,8 +7,9 @@ Distortion is the mean squared error on an N(0, 1) matrix of 1024 rows: nominal 
 width of the codes, entropy their empirical entropy of order 0, stored bits every byte with
 codebook and scales, codes by rANS where that is shorter; the ratio is to Shannon's limit at the
 stored bits. `--large` weights are fitted and encoded by Lloyd-Max, and as many symbols coded and
-decoded; 0 leaves that out. Each of `--models`, directories with safetensors weights, has its
-tensors outside the decoder's linear layers coded losslessly. CPU seconds suffer less than
+decoded. Each of `--models`, directories with safetensors weights, has its
+tensors outside the decoder's linear layers coded losslessly. 0 columns, 0 weights or no models
+leave that part of the output file as it is. CPU seconds suffer less than
 seconds from whatever else the machine did.
 """
 
@@ -148,7 +149,7 @@ def lossless(model: str) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     """The tables."""
     lines = [
-        f"# Source coding, {record['weights']:,} Gaussian weights",
+        f"# Source coding, {record.get('weights', 0):,} Gaussian weights",
         "",
         "| quantizer | mse | golden | nominal | entropy | stored | x Shannon | fit, CPU s |",
         "|---|---|---|---|---|---|---|---|",
@@ -193,20 +194,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scl.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    W = torch.randn(ROWS, options.columns, generator=generator(options.seed, "gaussian", "scl"))
-    LloydMax(2).fit(W[:4])  # compiled
-    KMeans(1.0, 2).fit(W[:4])
-    record: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-        },
-        "weights": W.numel(),
-        "seed": options.seed,
-        "distortion": [distortion(name, q, W) for name, q in cases().items()],
-        "large": large(options.large, options.seed) if options.large else [],
-        "lossless": [lossless(model) for model in options.models],
+    record: dict[str, Any] = {"distortion": [], "large": [], "lossless": []}
+    if options.out.exists():
+        record = json.loads(options.out.read_text())
+    record["machine"] = {
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
     }
+    if options.columns:
+        W = torch.randn(ROWS, options.columns, generator=generator(options.seed, "gaussian", "scl"))
+        LloydMax(2).fit(W[:4])  # compiled
+        KMeans(1.0, 2).fit(W[:4])
+        record |= {"weights": W.numel(), "seed": options.seed}
+        record["distortion"] = [distortion(name, q, W) for name, q in cases().items()]
+    if options.large:
+        record["large"] = large(options.large, options.seed)
+    if options.models:
+        record["lossless"] = [lossless(model) for model in options.models]
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     options.out.with_suffix(".md").write_text(markdown(record))
     print(markdown(record))
