@@ -203,7 +203,7 @@ def table(rows: list[dict]) -> str:
                  ("won_back_kl", "won_back_perplexity")]  # fmt: skip
         spent = [f"{r[k]:g}" if k in r else "" for k in
                  ("steps", "cpu_seconds", "seconds", "peak_memory_mb")]  # fmt: skip
-        bits = f"{r['bits']:.3f}" if "bits" in r else "16"
+        bits = f"{r['bits']:.3f}" if "bits" in r else "-"
         lines.append(
             f"| {r['model']} | {r['method']} {r['budget_bits']:g} | {r['phase']} | {bits} "
             f"| {r['perplexity']:.3f} ± {r['perplexity_stderr']:.3f} "
