@@ -99,6 +99,19 @@ def test_settle_at_least_bits_holds_the_residual_back():
     assert found.s == pytest.approx([s], rel=1e-9)
 
 
+def test_program_takes_the_least_budget_in_any_order_of_summation():
+    W = [torch.ones(2, 2) for _ in range(6)]
+    b_min = [0.1 + 0.1 * g for g in range(6)]
+    products = [7.0 * b for b in b_min]
+    for budget in (sum(products), sum(reversed(products)), math.fsum(products)):
+        found = solve_program(
+            W, [None] * 6, mu=0.1, lam=1.0, kappa=1.0, c=1.0, k=1.0, p=7.0, b_min=b_min,
+            b_max=8.0, budget=budget,
+        )  # fmt: skip
+        assert found.bits == pytest.approx(b_min)
+        assert found.status == "optimal"
+
+
 def test_program_converges_with_a_group_at_least_bits():
     """Eight alike groups and one so quiet that it stays at b_min: tens of steps, not thousands."""
     rng = np.random.default_rng(0)

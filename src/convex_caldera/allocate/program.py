@@ -55,6 +55,7 @@ from convex_caldera.linalg.thresholding import Factored, Thresholder
 
 CHECK_EVERY = 4  # steps between dual bounds; one costs about as much as a step
 MOST_STEPS = 2000
+SUM_ROUNDING = 1e-14  # relative; within it sums of p b_min in different orders are one budget
 
 Norm = Callable[[Tensor, Tensor | None], float]
 
@@ -141,12 +142,13 @@ def solve_program(
     m x n x n products per group; seven m x n float64 arrays per group.
     """
     numbers = read_numbers(len(W), mu, tau, lam, kappa, c, k, p, b_min, b_max, budget)
-    least = float(numbers["p"] @ numbers["b_min"])
-    if least > budget:
+    least = math.fsum(numbers["p"] * numbers["b_min"])
+    if least * (1.0 - SUM_ROUNDING) > budget:
         raise InfeasibleBudgetError(
             f"the budget of {budget} bits is below sum p b_min = {least}; raise it or lower b_min",
             math.ceil(least),
         )
+    numbers["budget"] = max(numbers["budget"], least)
     bases = eigenbases(W, H)
     descent = _Descent([basis.W for basis in bases], [basis.h for basis in bases], numbers, tol)
     start = [torch.zeros_like(w) for w in descent.W]
