@@ -58,7 +58,7 @@ FORMATS = [
 ]  # fmt: skip
 LLAMA_2_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 RANK = 8  # a thirty-second of the bundled model's width, as 128 is of 4096
-PRECISIONS = [(4, "16"), (4, "8"), (4, "6"), (2, "8")]
+PRECISIONS = ("W4A16", "W4A8", "W4A6", "W2A8")
 
 
 def formats() -> list[dict[str, Any]]:
@@ -172,13 +172,14 @@ def _loss(E: torch.Tensor, H: torch.Tensor) -> float:
     return float((E @ H * E).sum())
 
 
-def quality(models: list[str], max_tokens: int) -> list[dict[str, Any]]:
+def quality(models: list[str], precisions: list[str], max_tokens: int) -> list[dict[str, Any]]:
     """Every method, reloaded from disk, evaluated beside the original in one run per precision."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for model in models:
-            for width, activation in PRECISIONS:
+            for precision in precisions:
+                width, activation = map(int, precision[1:].split("A"))
                 outs = [_compressed(model, method, width, activation, folder) for method in RECIPES]
                 found = evaluate_models(
                     [model, *(str(out) for out, _ in outs)], "bundled:test", max_tokens=max_tokens
@@ -202,12 +203,12 @@ def quality(models: list[str], max_tokens: int) -> list[dict[str, Any]]:
 
 
 def _compressed(
-    model: str, method: str, width: int, activation: str, folder: Path
+    model: str, method: str, width: int, activation: int, folder: Path
 ) -> tuple[Path, Any]:
     options: dict[str, Any] = {"format": f"mxint{width}/16"}
     if method != "no-lqer":
         options |= {"rank": RANK, "factor_format": "mxint8/16"}
-    if activation != "16":
+    if activation < 16:
         options["activations"] = f"mxint{activation}/16"
     settings = make_settings(model=model, method=method, nsamples=32, **options)
     out = folder / f"{Path(model).name}-{method}-{width}-{activation}"
@@ -311,6 +312,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096])
     parser.add_argument("--most", type=int, default=4096, help="published route up to this n")
     parser.add_argument("--models", nargs="+", default=["bundled"])
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--max-tokens", type=int, default=8_000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lqer.json"))
     args = parser.parse_args()
@@ -321,7 +323,7 @@ def main() -> None:
         "bits": bits,
         "layers": layers,
         "root": lambda: root(args.sizes, args.most),
-        "quality": lambda: quality(args.models, args.max_tokens),
+        "quality": lambda: quality(args.models, args.precisions, args.max_tokens),
     }
     for part in args.parts:
         record[part] = work[part]()
