@@ -32,7 +32,7 @@ COMPRESS_KEYS = {
 # Of any layer at so many bits on a random model; decoders take most of the bytes of a tiny one.
 LARGEST_LOSS = {"reallm": 0.5, "reallm-ae": 0.5}
 # How long their codes become is known when they are written; the plan counts the most.
-ENTROPY_CODED = ("scl-ecsq", "scl-ecvq")
+ENTROPY_CODED = ("scl-ecsq", "scl-ecvq", "reallm-ae")
 EVAL_KEYS = {
     "name",
     "file_bytes",
