@@ -55,6 +55,8 @@ def _inner(fitted: Any) -> Planes | None:
 PLANES: dict[str, Callable[[Any], Planes | None]] = {
     "clipped_uniform": _bit_stream,
     "double_scale": _inner,
+    "ecsq": _codewords,
+    "ecvq": _codewords,
     "kmeans": _codewords,
     "lloyd_max": _bit_stream,
     "uniform": _bit_stream,
