@@ -39,11 +39,7 @@ NSAMPLES, SEQLEN = 256, 2048
 
 def main() -> None:
     layer = json.loads((RESULTS / "layer.json").read_text())
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, shape in SHAPES.items():
-            stand_in = write_stand_in(Path(folder) / name.rpartition("/")[2], *shape)
-            rows += [row(name, stand_in, layer, *recipe) for recipe in RECIPES]
+    rows: list[dict[str, Any]] = []
     record = {
         "command": "python benchmarks/recipes.py",
         "nsamples": NSAMPLES,
@@ -51,7 +47,13 @@ def main() -> None:
         "layer": {key: layer[key] for key in ("size", "threads", "machine")},
         "rows": rows,
     }
-    (RESULTS / "recipes.json").write_text(json.dumps(record, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape in SHAPES.items():
+            stand_in = write_stand_in(Path(folder) / name.rpartition("/")[2], *shape)
+            for recipe in RECIPES:
+                rows.append(row(name, stand_in, layer, *recipe))
+                (RESULTS / "recipes.json").write_text(json.dumps(record, indent=1) + "\n")
+                print(name, *recipe, flush=True)
 
 
 def row(

@@ -146,6 +146,14 @@ class HarnessModel(TemplateLM):
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = torch.tensor(tokens)
         logits = self.model(input_ids=ids.to(self._device), use_cache=False).logits
+        if not logits.isfinite().all():  # padding may be, so look at the inputs themselves
+            self._check_finite(batch, shared, logits)
+        for row, tokens in enumerate(batch):
+            for number, continuation in shared[tokens]:
+                scored = logits[row, len(tokens) - len(continuation) : len(tokens)]
+                answers[number] = _score(scored, continuation)
+
+    def _check_finite(self, batch: list[tuple[int, ...]], shared: Shared, logits: Tensor) -> None:
         bad = [
             number
             for row, tokens in enumerate(batch)
@@ -153,16 +161,11 @@ class HarnessModel(TemplateLM):
             for number, _ in shared[tokens]
         ]
         if bad:
-            first = min(bad)
-            place = self._instances[first]
+            place = self._instances[min(bad)]
             raise NumericalError(
                 f"{self.name}: logits are NaN or infinite, first in sample {place.doc_id} of "
                 f"{place.task_name}; inspect the model's weights, or evaluate it in float32"
             )
-        for row, tokens in enumerate(batch):
-            for number, continuation in shared[tokens]:
-                scored = logits[row, len(tokens) - len(continuation) : len(tokens)]
-                answers[number] = _score(scored, continuation)
 
     def _refuse(self, number: int, reason: str) -> None:
         place = self._instances[number]
