@@ -39,6 +39,7 @@ TABLE: dict[tuple[str, str], str] = {
     ("minifloat", "cpu"): "scalar_cpu",
     ("mxint", "cpu"): "scalar_cpu",
     ("normal_float", "cpu"): "scalar_cpu",
+    ("trellis", "cpu"): "trellis_cpu",
     ("uniform", "cpu"): "scalar_cpu",
 }
 
