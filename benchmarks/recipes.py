@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32, 32, 32000, 4096),
     "meta-llama/Llama-2-13b-hf": (5120, 13824, 40, 40, 40, 32000, 4096),
-    "meta-llama/Llama-2-70b-hf": (8192, 28672, 80, 64, 8, 32000, 4096),
     "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 32, 8, 128256, 8192),
+    "meta-llama/Llama-2-70b-hf": (8192, 28672, 80, 64, 8, 32000, 4096),
 }
 RECIPES = (
     ("caldera", 2.2, "input"),
@@ -48,9 +48,12 @@ def main() -> None:
         "rows": rows,
     }
     with tempfile.TemporaryDirectory() as folder:
-        for name, shape in SHAPES.items():
-            stand_in = write_stand_in(Path(folder) / name.rpartition("/")[2], *shape)
-            for recipe in RECIPES:
+        stand_ins = {
+            name: write_stand_in(Path(folder) / name.rpartition("/")[2], *shape)
+            for name, shape in SHAPES.items()
+        }
+        for recipe in RECIPES:
+            for name, stand_in in stand_ins.items():
                 rows.append(row(name, stand_in, layer, *recipe))
                 (RESULTS / "recipes.json").write_text(json.dumps(record, indent=1) + "\n")
                 print(name, *recipe, flush=True)
