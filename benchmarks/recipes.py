@@ -5,8 +5,8 @@
 `plan` reads shapes only. So each model is stood in for by its configuration and a sparse file with
 the right header, which holds no weight and takes no disk. Writes results/recipes.json.
 
-Each file is mapped whole: a model whose float16 file is larger than the machine's memory (13B needs 26
-GB, 70B 138 GB) cannot be stood in for there, and rows after it are not written.
+Each file is mapped whole: a model whose float16 file is larger than the machine's memory (13B
+needs 26 GB, 70B 138 GB) cannot be stood in for there, and rows after it are not written.
 
 Seconds are scaled from one 4096 x 4096 matrix through CALDERA on two CPU threads
 (results/layer.json) by m n (m + n) / 2, the order of its products and factorizations; calibration
