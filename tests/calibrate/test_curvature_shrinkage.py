@@ -73,8 +73,10 @@ def test_a_good_target_is_trusted_more_than_the_identity() -> None:
     seen, unseen = {"a": curvature(30, 1)}, {"a": curvature(4000, 7)}
     truth = {"a": moment(24, 4000, 11)}
     plain, towards = choose_shrinkage(seen, unseen), choose_shrinkage(seen, unseen, truth)
-    assert towards.scores["input"][f"{towards.input:g}"] < plain.scores["input"][f"{plain.input:g}"]
-    drawn = shrunk(seen, towards, truth)["a"]
+    assert towards.towards == "input"
+    best = towards.scores["towards_input"][f"{towards.input:g}"]
+    assert best < plain.scores["input"][f"{plain.input:g}"]
+    drawn = shrunk(seen["a"], towards, truth["a"])
     assert torch.allclose(drawn.input, shrink(seen["a"].input, towards.input, truth["a"]))
 
 
@@ -85,4 +87,5 @@ def test_layers_without_gradient_have_no_say() -> None:
     assert choose_shrinkage(seen, unseen) == choose_shrinkage({"a": seen["a"]}, unseen)
     nothing = choose_shrinkage({"dead": dead}, {"dead": dead})
     assert (nothing.input, nothing.output) == (0.0, 0.0)
-    assert Shrinkage(0.1, 0.2, {}).to_dict() == {"input": 0.1, "output": 0.2, "scores": {}}
+    said = {"input": 0.1, "output": 0.2, "towards": "identity", "scores": {}}
+    assert Shrinkage(0.1, 0.2).to_dict() == said

@@ -62,9 +62,11 @@ def test_recipe_reads_itself_back(recipe: Recipe) -> None:
 
 
 def test_every_quantizer_and_transform_can_be_recorded() -> None:
+    needed = {"e8p": (2,), "uniform": (2,), "normal_float": (2,)}
+    needed |= {kind: (E8P(2),) for kind in ("double_scale", "strip_order")}
     for kind, cls in {**quantizers.TABLE, **transforms.TABLE}.items():
         assert cls.kind == kind
-        value = cls(2) if kind in ("e8p", "uniform", "normal_float") else cls()
+        value = cls(*needed.get(kind, ()))
         assert from_record(to_record(value)) == value
 
 
