@@ -58,6 +58,7 @@ from convex_caldera.runtime.kernels.trellis_lanes import (
 
 DIRECT_TOKENS = 4  # beyond it a matrix product of decoded slices is faster
 _PREFIX = 32  # bits before a tile that its first windows may see; L <= 28
+_HEAD = 16  # bytes that the windows beginning before a tile see of it, at most
 _WHOLE = 57  # bits of a 64-bit load that are valid at any bit offset
 Array = NDArray[np.int64]
 
@@ -89,7 +90,7 @@ def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
         return product(decoded_slices(fitted, packed), x, m)
     padded = torch.nn.functional.pad(x.detach(), (0, -n % TILE)).contiguous()
     out = np.empty((tokens, m), np.float32)
-    sums = np.empty(tokens * TILE * TILE, np.float32)
+    sums = _lines(tokens * TILE * TILE)
     args = (*_format(fitted), quantiles(), *_scratch(), sums, padded.view(-1).numpy())
     _multiply(packed.numpy(), *args, _units(fitted), out)
     return torch.from_numpy(out)
@@ -117,7 +118,14 @@ def decoded_slices(fitted: FittedTrellis, packed: Tensor) -> Slices:
 def _scratch() -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.float32]]:
     """Room for a tile's stream and what a load may read beyond it, a row's states, levels."""
     stream = np.zeros(_PREFIX // 8 + TILE * TILE + 8, np.uint8)
-    return stream, np.zeros(TILE, np.uint32), np.zeros(TILE * TILE, np.float32)
+    return stream, np.zeros(TILE, np.uint32), _lines(TILE * TILE)
+
+
+def _lines(count: int) -> NDArray[np.float32]:
+    """Room for floats that begins with a cache line, so that no vector straddles two."""
+    room = np.zeros(count + 16, np.float32)
+    skipped = -room.ctypes.data % 64 // 4
+    return room[skipped : skipped + count]
 
 
 def _units(fitted: FittedTrellis) -> NDArray[np.float32]:
@@ -182,13 +190,13 @@ def _bits_before(packed, f, i, j):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, _nrt=False)
-def _fill(packed, f, i, j, stream):  # type: ignore[no-untyped-def]
-    """Write the bytes of tile (i, j) into `stream` behind the `_PREFIX` bits before it."""
+def _fill(packed, f, i, j, count, stream):  # type: ignore[no-untyped-def]
+    """Write `count` bytes of tile (i, j) into `stream` behind the `_PREFIX` bits before it."""
     before = _bits_before(packed, f, i, j)
     for byte in range(4):
         stream[byte] = np.uint8((before >> np.uint64(24 - 8 * byte)) & np.uint64(255))
-    first, size = _tile_at(f, i, j)
-    for byte in range((size + 7) >> 3):
+    first, _ = _tile_at(f, i, j)
+    for byte in range(count):
         stream[4 + byte] = packed[first + byte]
 
 
@@ -207,17 +215,26 @@ def _row_states(f, stream, row, width, states):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, _nrt=False)
 def _tile_levels(packed, f, firsts, shifts, table, i, j, stream, states, levels):  # type: ignore[no-untyped-def]
     """Levels of tile (i, j) into `levels`, sixteen a row; finite ones beyond its width."""
-    _fill(packed, f, i, j, stream)
     height, width = min(TILE, f.m - TILE * i), min(TILE, f.n - TILE * j)
+    first, size = _tile_at(f, i, j)
+    count = (size + 7) >> 3
+    # read in place are windows that begin within the tile; none that a load would overrun
+    in_place = width == TILE and first + count + 8 <= len(packed)
+    begin = _PREFIX - firsts[0] if in_place else TILE * TILE * 8
+    _fill(packed, f, i, j, min(count, _HEAD) if in_place else count, stream)
     mask = np.uint32((1 << f.state_bits) - 1)
     for row in range(height):
         if width < TILE:
             _row_states(f, stream, row, width, states)
             x = load_words(states, 0)
-        elif f.group == 8:
-            x = windows_by_eight(stream, row * f.sixteenths, firsts, shifts, mask)
         else:
-            x = windows_by_four(stream, row * f.sixteenths, firsts, shifts, mask)
+            bit, source = row * f.sixteenths, stream
+            if bit >= begin:
+                bit, source = 8 * first + bit - _PREFIX, packed
+            if f.group == 8:
+                x = windows_by_eight(source, bit, firsts, shifts, mask)
+            else:
+                x = windows_by_four(source, bit, firsts, shifts, mask)
         x = multiply_word(x, f.multiplier)
         if f.kind == _WEYL:
             level = table_levels(x, np.uint32(32 - QUANTILE_BITS), table)
