@@ -28,7 +28,7 @@ test: venv  ## all tests but the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
 test-slow: venv  ## the slow tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(PYTEST_ARGS)
 
 lint: venv  ## format, style, types and the import contract
 	$(BIN)/ruff format --check --quiet .

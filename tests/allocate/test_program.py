@@ -131,6 +131,7 @@ def test_program_exponential_cone_orientation():
     assert found.price == pytest.approx(k * least, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [0.01, 1.0, 10.0])
 def test_program_single_group_identity_is_thresholding(lam):
     """H = I, ample bits: Z = SVT(W, mu (kappa + 2 lam) / (2 lam))."""

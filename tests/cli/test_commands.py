@@ -46,7 +46,15 @@ EVAL_KEYS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The methods of one family run the same code; one of each is quick enough for every commit.
+QUICK = {"convex-caldera", "caldera", "gptq", "rtn", "qera-exact", "scl-lloyd-max"}
+EVERY_METHOD = pytest.mark.parametrize(
+    "method",
+    [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
+
+
+@EVERY_METHOD
 def test_compress_states_what_is_on_disk(compressed: Any, method: str) -> None:
     output = compressed(method)
     record, sizes = output.ran.json, shard_bytes(output.directory)
@@ -61,7 +69,7 @@ def test_compress_states_what_is_on_disk(compressed: Any, method: str) -> None:
     assert f"{sizes['all']:,} bytes" in output.ran.out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EVERY_METHOD
 def test_verify_accepts_what_compress_wrote(compressed: Any, method: str, tmp_path: Path) -> None:
     ran = run("verify", compressed(method).directory, json_to=tmp_path / "verify.json")
     assert ran.code == 0, ran.out
@@ -81,7 +89,7 @@ def test_an_allocating_method_states_its_plan(compressed: Any) -> None:
         assert set(layer) >= {"bits", "rank", "price", "distortion"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EVERY_METHOD
 def test_plan_foretells_the_bytes(compressed: Any, method: str, tmp_path: Path) -> None:
     output = compressed(method)
     ran = run(
@@ -141,7 +149,7 @@ def test_eval_wants_the_original_first(compressed: Any, held_out: Path) -> None:
     assert ran.code == 2 and "name the original model first" in ran.err
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EVERY_METHOD
 def test_inspect_lists_every_layer(compressed: Any, method: str, tmp_path: Path) -> None:
     output = compressed(method)
     ran = run("inspect", output.directory, json_to=tmp_path / "inspect.json")

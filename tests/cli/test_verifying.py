@@ -12,6 +12,8 @@ import pytest
 
 from tests.workflow.running import NSAMPLES, SEQLEN, Ran, compress, run, snapshot, write_text
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 14
 GPTQ = ("--method", "gptq", "--bits", 6, "--curvature", "kronecker")
 

@@ -20,6 +20,8 @@ from tests.workflow.fixtures import Output
 from tests.workflow.killing import start
 from tests.workflow.running import Ran, run, shard_bytes, snapshot
 
+pytestmark = pytest.mark.slow
+
 QUICK = (
     "--nsamples", 24, "--seqlen", 16, "--batch-size", 4, "--epochs", 3, "--lr", 0.004,
     "--evaluations", 1, "--allow-short",

@@ -17,6 +17,8 @@ from convex_caldera.report.page import page
 from convex_caldera.report.words import RECHECK
 from tests.report import making
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "img", "br"}
 HOSTILE = (
     "</style><script>alert(1)</script><img src=http://x onerror=y>\"'&\x00\u202e$\\frac{--> ]]>"

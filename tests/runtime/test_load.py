@@ -150,6 +150,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transformers_first", [False, True])
 def test_import_alone_registers(transformers_first: bool, output: Any) -> None:
     hook = "from convex_caldera.runtime import hook; hook.install(); hook.install()"

@@ -159,6 +159,7 @@ def test_forged_metadata_is_refused_by_both_readers(
         lossless_entries(read_shard(path))
 
 
+@pytest.mark.slow
 def test_altered_streams_are_refused_alike(outputs: Any, tmp_path: Path) -> None:
     from convex_caldera.certify.lossless import lossless_entries
     from convex_caldera.certify.shard import read_shard

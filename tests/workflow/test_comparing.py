@@ -12,6 +12,8 @@ import pytest
 
 from tests.workflow.running import run
 
+pytestmark = pytest.mark.slow
+
 TASKS = {
     "wikitext2-token": {"task": "wikitext2", "metrics": ["token_perplexity"], "window": 16},
     "wikitext2-word": {"task": "wikitext2", "metrics": ["word_perplexity"], "window": None},

@@ -15,6 +15,8 @@ from convex_caldera.workflow.fitting import side_by_side
 from tests.workflow.fixtures import BITS
 from tests.workflow.running import compress, run, snapshot
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_recipe_recreates_the_output(

@@ -13,6 +13,8 @@ import convex_caldera
 from tests.tiny_models import FAMILIES
 from tests.workflow.running import compress, shard_bytes
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.arange(24).view(2, 12) * 7 % 320
 # Two layers where blocks may differ from each other; one elsewhere, for time.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -106,6 +106,7 @@ def test_every_option_of_the_command_is_a_setting() -> None:
     assert options - own <= set(Settings.model_fields)
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process_after_one_import(compressed: Any, tmp_path: Path) -> None:
     """transformers knows our format as soon as the package is imported, and not before."""
     output = compressed("gptq")

@@ -21,6 +21,8 @@ import pytest
 from tests.workflow.killing import at_file, finished_layers, start, wait_for
 from tests.workflow.running import NSAMPLES, SEQLEN, compress, run, snapshot, write_text
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 14
 GPTQ = ("--method", "gptq", "--bits", 6)
 

@@ -15,6 +15,8 @@ from convex_caldera.workflow.sweep import points, read_sweep, run_sweep, table_t
 from convex_caldera.workflow.templates import names
 from tests.workflow.staging import short_texts, small  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 # Of LQER's scripts: method, format, factors, activations, samples.
 SHIPPED = {
     "sweep_lqer_act": (

@@ -17,6 +17,8 @@ from convex_caldera.workflow.sequential import windows_used
 from tests.workflow.killing import start
 from tests.workflow.running import NSAMPLES, SEQLEN, Ran, compress, run, snapshot
 
+pytestmark = pytest.mark.slow
+
 QTIP = ("--method", "qtip", "--bits", 6)
 DRIFT = ("--targets", "drift-corrected")
 

@@ -15,6 +15,8 @@ from tests import tiny_vision
 from tests.tiny_models import SENTENCES
 from tests.workflow.running import run
 
+pytestmark = pytest.mark.slow
+
 # The last two of three blocks; keys and values stay, as layers too small to be worth it.
 RULES = ["--ignore", r"re:layers\.0\.", "--ignore", "k_proj", "--ignore", "v_proj"]
 

@@ -14,6 +14,8 @@ from tests.evaluate.task_rows import NATIVE, write
 from tests.tiny_models import SENTENCES
 from tests.workflow.running import run
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install lm-eval")
 TASKS = "piqa,lambada,wikitext2"
 
