@@ -36,7 +36,7 @@ def table(rows: list[dict]) -> str:
         for column in columns
     ]  # fmt: skip
     lines.append("| original | " + " | ".join(originals) + " |")
-    for method in ORDER:
+    for method in (m for m in ORDER if any(r["method"] == m for r in rows)):
         lines.append(f"| {method} | " + " | ".join(cells(rows, method, columns)) + " |")
     return "\n".join(lines)
 
