@@ -15,9 +15,17 @@ from convex_caldera.evaluate.task_files import find_file, read_task
 from convex_caldera.evaluate.task_table import task_named
 from tests.evaluate.task_rows import NATIVE, write
 from tests.evaluate.tiny import byte_tokenizer, tiny_llama
+from tests.optional import needs
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install lm-eval")
-from convex_caldera.evaluate.harness import run_task
+pytestmark = needs("lm_eval")
+
+
+def run_task(*args: Any, **options: Any) -> Any:
+    """The library's, imported late: the harness takes seconds to import."""
+    from convex_caldera.evaluate.harness import run_task
+
+    return run_task(*args, **options)
+
 
 MODEL, TOKENIZER = tiny_llama(4), byte_tokenizer()
 # Sums of float32 log-probabilities in batches of another shape.

@@ -12,9 +12,10 @@ from convex_caldera.errors import ModelError, RecipeError
 from convex_caldera.finetune.adapters import attach, load_adapter
 from convex_caldera.runtime.load import load
 from tests import tiny_models
+from tests.optional import needs
 from tests.workflow.fixtures import Output
 
-pytest.importorskip("peft", reason="PEFT is not installed (extra `finetune`)")
+pytestmark = needs("peft")
 TOKENS = torch.arange(24).view(2, 12) * 7 % 320
 
 

@@ -11,12 +11,11 @@ import pytest
 
 from convex_caldera.workflow import zero_shot
 from tests.evaluate.task_rows import NATIVE, write
+from tests.optional import needs
 from tests.tiny_models import SENTENCES
 from tests.workflow.running import run
 
-pytestmark = pytest.mark.slow
-
-pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install lm-eval")
+pytestmark = [pytest.mark.slow, needs("lm_eval")]
 TASKS = "piqa,lambada,wikitext2"
 
 
