@@ -10,7 +10,7 @@ feedback the loss of rounding is D(b) |W - L R|_F^2 / (m n) times a constant of 
 whatever the metric: what a rank is worth is the energy that it takes out of W. Everything that
 the factors miss, their own rounding included, is part of the residual and so is coded at b bits;
 hence coarse factors of a high rank beat fine ones of a low rank at equal bytes
-(benchmarks/results/low_rank.md).
+(benchmarks/low_rank.py).
 """
 
 from __future__ import annotations
