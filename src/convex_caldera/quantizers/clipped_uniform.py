@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.errors import RecipeError
+from convex_caldera.quantizers.grouped import ScalarCodes
 from convex_caldera.quantizers.groups import (
     PER_TENSOR,
     SCALE_DTYPES,
@@ -124,17 +125,13 @@ class ClippedUniform:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedClippedUniform:
+class FittedClippedUniform(ScalarCodes):
     """ClippedUniform with its ranges. Codes are (m, n) uint8."""
 
     quantizer: ClippedUniform
     shape: tuple[int, int]
     lows: Tensor
     steps: Tensor
-
-    @property
-    def row_block(self) -> int:
-        return 1
 
     @property
     def position_free(self) -> bool:
@@ -159,14 +156,6 @@ class FittedClippedUniform:
         groups = Groups(self.shape, self.quantizer.group_size)
         lows, steps = groups.take_rows(self.lows, rows), groups.take_rows(self.steps, rows)
         return FittedClippedUniform(self.quantizer, sliced_shape(self.shape, rows), lows, steps)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`bits` bits per code, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        return unpack_bits(packed, self.quantizer.bits, m * n).view(m, n)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"lows": self.lows, "steps": self.steps}

@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.coding.symbols import num_parts
 from convex_caldera.errors import RecipeError
+from convex_caldera.quantizers.grouped import ScalarCodes
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     check_codes,
@@ -140,7 +141,7 @@ class ECSQ:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedECSQ:
+class FittedECSQ(ScalarCodes):
     """ECSQ with its levels, ascending, the last repeated where fewer are used. Codes (m, n) uint8.
 
     `bounds` between the cells of levels used are not stored: a restored quantizer encodes to the
@@ -154,8 +155,8 @@ class FittedECSQ:
     bounds: Tensor | None = None
 
     @property
-    def row_block(self) -> int:
-        return 1
+    def code_bits(self) -> int:
+        return self.quantizer.code_bits
 
     @property
     def position_free(self) -> bool:
@@ -192,14 +193,6 @@ class FittedECSQ:
     def take_rows(self, rows: slice) -> FittedECSQ:
         shape = sliced_shape(self.shape, rows)
         return FittedECSQ(self.quantizer, shape, self.scales, self.levels, self.bounds)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`code_bits` bits per code, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.code_bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        return unpack_bits(packed, self.quantizer.code_bits, m * n).view(m, n)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales, "levels": self.levels}

@@ -17,9 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.core.seeds import generator
 from convex_caldera.errors import RecipeError
+from convex_caldera.quantizers.grouped import GroupScaled, restored_scales
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     Groups,
@@ -30,7 +31,6 @@ from convex_caldera.quantizers.groups import (
     check_matrix,
     checked_tensor,
     round_scales,
-    sliced_shape,
 )
 from convex_caldera.quantizers.normalized import (
     Normalize,
@@ -128,11 +128,8 @@ class LloydMax:
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedLloydMax:
         """From `FittedLloydMax.tensors()`; FormatError if shape or type differ."""
         dtype = SCALE_DTYPES[self.scale_dtype]
-        grid = Groups(shape, self.group_size).grid
-        scales = checked_tensor(tensors, "scales", grid, dtype)
-        return FittedLloydMax(
-            self, shape, scales, checked_tensor(tensors, "levels", (1 << self.bits,), dtype)
-        )
+        levels = checked_tensor(tensors, "levels", (1 << self.bits,), dtype)
+        return FittedLloydMax(self, shape, restored_scales(self, shape, tensors), levels)
 
     def _sample(self, W: Tensor, scales: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalized weights as one row, and their importance; the two extremes come first."""
@@ -153,7 +150,7 @@ class LloydMax:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedLloydMax:
+class FittedLloydMax(GroupScaled):
     """LloydMax with scales and levels. Codes are (m, n) uint8, levels ascending.
 
     A group whose scale is 0 (all its weights are) decodes to zeros.
@@ -163,14 +160,6 @@ class FittedLloydMax:
     shape: tuple[int, int]
     scales: Tensor
     levels: Tensor
-
-    @property
-    def row_block(self) -> int:
-        return 1
-
-    @property
-    def position_free(self) -> bool:
-        return self.scales.numel() == 1
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes (m, d) of columns start .. start + d."""
@@ -193,21 +182,5 @@ class FittedLloydMax:
         table = self.levels.to(codes.device).float()
         return table[codes.long()] * self._scale(start, codes.shape[1], codes.device)
 
-    def take_rows(self, rows: slice) -> FittedLloydMax:
-        scales = Groups(self.shape, self.quantizer.group_size).take_rows(self.scales, rows)
-        return FittedLloydMax(self.quantizer, sliced_shape(self.shape, rows), scales, self.levels)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`bits` bits per code, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        return unpack_bits(packed, self.quantizer.bits, m * n).view(m, n)
-
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales, "levels": self.levels}
-
-    def _scale(self, start: int, size: int, device: torch.device) -> Tensor:
-        groups = Groups(self.shape, self.quantizer.group_size)
-        return groups.spread(self.scales.to(device), start, size).float()

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.errors import FormatError, RecipeError
+from convex_caldera.quantizers.grouped import ScalarCodes
 from convex_caldera.quantizers.groups import (
     PER_TENSOR,
     Groups,
@@ -126,16 +127,12 @@ class MXInt:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedMXInt:
+class FittedMXInt(ScalarCodes):
     """MXInt with its exponents E (int32, one per block). Codes are (m, n) uint8, q + largest."""
 
     quantizer: MXInt
     shape: tuple[int, int]
     exponents: Tensor
-
-    @property
-    def row_block(self) -> int:
-        return 1
 
     @property
     def position_free(self) -> bool:
@@ -165,13 +162,8 @@ class FittedMXInt:
         exponents = groups.take_rows(self.exponents, rows)
         return FittedMXInt(self.quantizer, sliced_shape(self.shape, rows), exponents)
 
-    def pack(self, codes: Tensor) -> Tensor:
-        """`bits` bits per code, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.bits)
-
     def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        codes = unpack_bits(packed, self.quantizer.bits, m * n).view(m, n)
+        codes = super().unpack(packed)
         top = 2 * self.quantizer.largest
         if int(codes.max()) > top:
             raise FormatError(f"codes lie in 0 .. {top}, got {int(codes.max())}")

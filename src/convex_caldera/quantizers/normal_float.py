@@ -18,8 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.errors import RecipeError
+from convex_caldera.quantizers.grouped import GroupScaled, restored_scales
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     Groups,
@@ -27,9 +28,7 @@ from convex_caldera.quantizers.groups import (
     check_finite,
     check_group_options,
     check_matrix,
-    checked_tensor,
     round_scales,
-    sliced_shape,
 )
 
 TAIL_PROBABILITY = (1 / 30 + 1 / 32) / 2
@@ -100,13 +99,11 @@ class NormalFloat:
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedNormalFloat:
         """From `FittedNormalFloat.tensors()`; FormatError if shape or type differ."""
-        grid = Groups(shape, self.group_size).grid
-        scales = checked_tensor(tensors, "scales", grid, SCALE_DTYPES[self.scale_dtype])
-        return FittedNormalFloat(self, shape, scales)
+        return FittedNormalFloat(self, shape, restored_scales(self, shape, tensors))
 
 
 @dataclass(frozen=True, eq=False)
-class FittedNormalFloat:
+class FittedNormalFloat(GroupScaled):
     """NormalFloat with its scales, one per group. Codes are (m, n) uint8, levels ascending.
 
     A group whose scale is 0 (all its weights are) decodes to zeros.
@@ -115,14 +112,6 @@ class FittedNormalFloat:
     quantizer: NormalFloat
     shape: tuple[int, int]
     scales: Tensor
-
-    @property
-    def row_block(self) -> int:
-        return 1
-
-    @property
-    def position_free(self) -> bool:
-        return self.scales.numel() == 1
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes (m, d) of columns start .. start + d."""
@@ -138,22 +127,3 @@ class FittedNormalFloat:
         """Values (m, d), float32: level * scale."""
         table = levels(self.quantizer.bits).to(codes.device)
         return table[codes.long()] * self._scale(start, codes.shape[1], codes.device)
-
-    def take_rows(self, rows: slice) -> FittedNormalFloat:
-        scales = Groups(self.shape, self.quantizer.group_size).take_rows(self.scales, rows)
-        return FittedNormalFloat(self.quantizer, sliced_shape(self.shape, rows), scales)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`bits` bits per code, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        return unpack_bits(packed, self.quantizer.bits, m * n).view(m, n)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"scales": self.scales}
-
-    def _scale(self, start: int, size: int, device: torch.device) -> Tensor:
-        groups = Groups(self.shape, self.quantizer.group_size)
-        return groups.spread(self.scales.to(device), start, size).float()

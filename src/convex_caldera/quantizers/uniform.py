@@ -10,6 +10,7 @@ for least weighted squared error (`range_search`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.errors import FormatError, RecipeError
+from convex_caldera.quantizers.grouped import GroupScaled, restored_scales
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     Groups,
@@ -28,7 +30,6 @@ from convex_caldera.quantizers.groups import (
     check_matrix,
     checked_tensor,
     round_scales,
-    sliced_shape,
 )
 from convex_caldera.quantizers.range_search import (
     Grid,
@@ -126,7 +127,7 @@ class Uniform:
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedUniform:
         """From `FittedUniform.tensors()`; FormatError if shapes, types or lengths differ."""
         grid = Groups(shape, self.group_size).grid
-        scales = checked_tensor(tensors, "scales", grid, SCALE_DTYPES[self.scale_dtype])
+        scales = restored_scales(self, shape, tensors)
         if self.symmetric:
             return FittedUniform(self, shape, scales, None)
         count = grid[0] * grid[1]
@@ -159,7 +160,7 @@ class Uniform:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedUniform:
+class FittedUniform(GroupScaled):
     """Uniform with its scales (and zero points), one per group. Codes are (m, n) uint8.
 
     Affine zero points lie in 0 .. 2^b - 1, so zero is always a level. A group whose scale is 0
@@ -170,14 +171,6 @@ class FittedUniform:
     shape: tuple[int, int]
     scales: Tensor
     zero_points: Tensor | None
-
-    @property
-    def row_block(self) -> int:
-        return 1
-
-    @property
-    def position_free(self) -> bool:
-        return self.scales.numel() == 1
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes (m, d) of columns start .. start + d."""
@@ -191,18 +184,14 @@ class FittedUniform:
         return (codes.float() - grid.zero_point) * grid.scale
 
     def take_rows(self, rows: slice) -> FittedUniform:
+        taken = super().take_rows(rows)
+        if self.zero_points is None:
+            return taken
         groups = Groups(self.shape, self.quantizer.group_size)
-        zero_points = None if self.zero_points is None else groups.take_rows(self.zero_points, rows)
-        scales = groups.take_rows(self.scales, rows)
-        return FittedUniform(self.quantizer, sliced_shape(self.shape, rows), scales, zero_points)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`bits` bits per code, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.bits)
+        return dataclasses.replace(taken, zero_points=groups.take_rows(self.zero_points, rows))
 
     def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        codes = unpack_bits(packed, self.quantizer.bits, m * n).view(m, n)
+        codes = super().unpack(packed)
         if int(codes.max()) > self.quantizer.top:
             raise FormatError(f"codes lie in 0 .. {self.quantizer.top}, got {int(codes.max())}")
         return codes
@@ -210,16 +199,13 @@ class FittedUniform:
     def tensors(self) -> dict[str, Tensor]:
         """`scales` as stored; `zero_points` packed in `bits` bits each, if affine."""
         if self.zero_points is None:
-            return {"scales": self.scales}
-        return {
-            "scales": self.scales,
-            "zero_points": pack_bits(self.zero_points, self.quantizer.bits),
-        }
+            return super().tensors()
+        return super().tensors() | {"zero_points": pack_bits(self.zero_points, self.code_bits)}
 
     def _grid(self, start: int, size: int, device: torch.device) -> Grid:
-        groups = Groups(self.shape, self.quantizer.group_size)
-        scale = groups.spread(self.scales.to(device), start, size).float()
+        scale = self._scale(start, size, device)
         if self.zero_points is None:
             return Grid(scale, torch.full_like(scale, self.quantizer.middle), self.quantizer.top)
+        groups = Groups(self.shape, self.quantizer.group_size)
         zero_point = groups.spread(self.zero_points.to(device), start, size).float()
         return Grid(scale, zero_point, self.quantizer.top)
