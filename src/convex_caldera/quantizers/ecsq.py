@@ -14,9 +14,9 @@ codes are wider than the rate, so the quantizer needs a coder. Levels are learne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ _TOLERANCE = 1e-7
 _CHUNK = 1 << 22
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 def header_bytes(codewords: int, symbols: int) -> int:
@@ -213,17 +214,31 @@ def entropy_constrained(points: object, rate: float, most: int) -> tuple[Floats,
     assert isinstance(points, Points)
     problem = _Problem(points, most)
     low, high = np.log2(problem.variance) - 2 * rate - 8, np.log2(problem.variance) + 6
-    best = problem.solve(2.0**high)
-    for _ in range(_BISECTIONS):
+    return within_rate(problem.solve, rate, float(low), float(high), _BISECTIONS)[:2]
+
+
+def within_rate(
+    solve: Callable[[float], tuple[T, T, float]],
+    rate: float,
+    low: float,
+    high: float,
+    halvings: int,
+) -> tuple[T, T, float]:
+    """solve(2^x) of the least x in low .. high whose rate, the last it returns, is at most `rate`.
+
+    The rate falls with the price 2^x of a bit; at `high` it is taken to be low enough.
+    """
+    best = solve(2.0**high)
+    for _ in range(halvings):
         middle = (low + high) / 2
-        found = problem.solve(2.0**middle)
+        found = solve(2.0**middle)
         if found[2] <= rate:
             best, high = found, middle
         else:
             low = middle
         if high - low < 1e-4:
             break
-    return best[0], best[1]
+    return best
 
 
 class _Problem:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.errors import RecipeError
-from convex_caldera.quantizers.ecsq import header_bytes
+from convex_caldera.quantizers.ecsq import header_bytes, within_rate
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     check_codes,
@@ -227,15 +227,12 @@ def entropy_constrained(
     variance = max(float((points.double() ** 2 * weights).sum() / weights.sum()), 1e-30)
     low, high = math.log2(variance) - 2 * rate / quantizer.dim - 6, math.log2(variance) + 6
     first = start.float().numpy()
-    best = problem.solve(first, 2.0**high, quantizer.iterations)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        found = problem.solve(first, 2.0**middle, quantizer.iterations)
-        if found[2] <= rate:
-            best, high = found, middle
-        else:
-            low = middle
-    return torch.from_numpy(best[0]), torch.from_numpy(best[1])
+
+    def solve(price: float) -> tuple[np.ndarray, np.ndarray, float]:
+        return problem.solve(first, price, quantizer.iterations)
+
+    codebook, costs, _ = within_rate(solve, rate, low, high, _BISECTIONS)
+    return torch.from_numpy(codebook), torch.from_numpy(costs)
 
 
 @dataclass(frozen=True, eq=False)

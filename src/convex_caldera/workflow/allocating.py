@@ -163,16 +163,14 @@ class Allocator:
             name: [(c.bits, self._log_distortion(measured, name, c)) for c in choices]
             for name, choices in probes.items()
         }
-        falls = {
-            name: (low[1] - high[1]) / (high[0] - low[0])
-            for name, (low, high) in ((n, v) for n, v in logs.items() if len(v) == 2)
+        pairs = ((name, two) for name, two in logs.items() if len(two) == 2)
+        decays = {
+            name: max((low[1] - high[1]) / (high[0] - low[0]), LEAST_DECAY)
+            for name, (low, high) in pairs
         }
-        seen = [max(fall, LEAST_DECAY) for fall in falls.values()]
-        usual = sum(seen) / len(seen) if seen else HIGH_RATE_DECAY
+        usual = sum(decays.values()) / len(decays) if decays else HIGH_RATE_DECAY
         return tuple(
-            self._rate_model(
-                name, probes[name], logs[name], max(falls.get(name, usual), LEAST_DECAY)
-            )
+            self._rate_model(name, probes[name], logs[name], decays.get(name, usual))
             for name in self.sites
         )
 
