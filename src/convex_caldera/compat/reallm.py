@@ -12,13 +12,14 @@ obeyed, unknown ones refused, and the model is not fixed.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe
-from convex_caldera.errors import RecipeError
+from convex_caldera.errors import ConvexCalderaError, RecipeError
 from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.kmeans import KMeans
 from convex_caldera.quantizers.neural import Neural
@@ -217,3 +218,15 @@ def _typed(name: str, value: str, kind: str) -> Any:
         return {"int": int, "float": float}.get(kind, str)(value)
     except ValueError as error:
         raise RecipeError(f"--{name} {value!r} is no {kind}") from error
+
+
+def run_as(arguments: type[ReALLMArguments] | type[NervArguments], argv: Sequence[str]) -> int:
+    """Compress by a script's flags; the exit codes are those of the command line."""
+    try:
+        given = parse_flags(arguments, argv)
+        summary = compress_as(given.settings(), given.results_path)
+    except ConvexCalderaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    sys.stdout.write(summary.text() + "\n")
+    return 0

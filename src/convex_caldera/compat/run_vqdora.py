@@ -9,20 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from convex_caldera.compat.reallm import ReALLMArguments, compress_as, parse_flags
-from convex_caldera.errors import ConvexCalderaError
+from convex_caldera.compat.reallm import ReALLMArguments, run_as
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compress by the flags given; the exit codes are those of the command line."""
-    try:
-        arguments = parse_flags(ReALLMArguments, sys.argv[1:] if argv is None else argv)
-        summary = compress_as(arguments.settings(), arguments.results_path)
-    except ConvexCalderaError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write(summary.text() + "\n")
-    return 0
+    return run_as(ReALLMArguments, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
