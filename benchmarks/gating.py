@@ -92,6 +92,7 @@ def variants() -> list[Variant]:
         Variant("kronecker, both", "kronecker", {**both, **held_out}),
         Variant("convex-caldera", "convex-caldera", convex),
         Variant("convex-caldera, drift-corrected", "convex-caldera", {**convex, **drift}),
+        Variant("convex-caldera, held-out", "convex-caldera", {**convex, **held_out}),
         Variant("convex-caldera, both", "convex-caldera", {**convex, **drift, **held_out}),
         Variant("convex-caldera, e8p menu", "convex-caldera", {**convex, **MENU}, "e8p"),
         Variant("guided", "input", {**qtip, "curvature": "guided"}),
@@ -108,7 +109,7 @@ def variants() -> list[Variant]:
 def exchange(part: str) -> Iterator[None]:
     """Another menu, or fits in order to original weights, for one run."""
     if part == "e8p":
-        name = "convex_caldera.workflow.allocating.convex_caldera_recipe"
+        name = "convex_caldera.workflow.offers.convex_caldera_recipe"
         with mock.patch(name, e8p_option):
             yield
     elif part == "sequential":
