@@ -1,13 +1,18 @@
 """Every method beside the original at equal file bytes: perplexity, KL and agreement.
 
     python benchmarks/quality.py [--data DIR] [--models bundled ...] [--bits 2.2 3.2 4.2]
-                                 [--methods rtn gptq ...] [--out benchmarks/results/quality.json]
+                                 [--methods rtn gptq ...] [--work DIR]
+                                 [--out benchmarks/results/quality.json]
 
 Each cell is one `convex-caldera compress` within the same budget, reloaded from disk, and all
 cells of a model and budget are evaluated on the same tokens in one run, the original first.
 Calibration and evaluation texts are different: see CASES. Models under --data are skipped, and
-the table says so, where the folder is absent. Seconds are those of this machine under whatever
-load it had; compare them within one run only.
+the table says so, where the folder is absent. Methods share the statistics of a model, which the
+first that needs them collects. Seconds are those of this machine under whatever load it had, the
+statistics included where the cell collected them; compare them within one run only.
+
+With --work, outputs stay there and a run that was cut short goes on where it was. Models and
+budgets that are not asked for keep their rows in the table.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from convex_caldera.recipes.table import method as method_named
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.evaluating import evaluate_models
 from convex_caldera.workflow.settings import make_settings
@@ -38,6 +44,10 @@ def located(name: str, data: Path | None) -> str:
 
 
 def run_cell(model: str, method: str, bits: float, text: str, out: Path, args) -> dict:
+    """Compress, or take what an earlier run left in the same place; the figures of the file."""
+    done = out.with_suffix(".summary.json")
+    if done.is_file():
+        return json.loads(done.read_text())
     settings = make_settings(
         model=model,
         method=method,
@@ -47,10 +57,19 @@ def run_cell(model: str, method: str, bits: float, text: str, out: Path, args) -
         seqlen=args.seqlen,
         allow_short=True,
     )
-    summary = compress_to(settings, out).to_dict()
+    kind = method_named(method).curvature
+    statistics = None if kind == "none" else out.parent / f"{Path(model).name}-{kind}"
+    summary = compress_to(settings, out, hessians=statistics, workers=args.workers).to_dict()
     kept = ("file_bytes", "bits_per_compressed_weight", "bits_per_weight", "seconds",
             "peak_memory_bytes", "plan_gap", "surrogate_gap", "distortion")  # fmt: skip
-    return {key: summary[key] for key in kept if key in summary}
+    figures = {key: summary[key] for key in kept if key in summary}
+    done.write_text(json.dumps(figures))
+    return figures
+
+
+def output(folder: Path, model: str, method: str, bits: float) -> Path:
+    """Where a cell is compressed to; no dots, so that a suffix can be put to it."""
+    return folder / f"{Path(model).name}-{method}-{round(1000 * bits)}"
 
 
 def run_budget(name: str, bits: float, args, folder: Path) -> list[dict]:
@@ -59,7 +78,7 @@ def run_budget(name: str, bits: float, args, folder: Path) -> list[dict]:
     model = located(name, args.data)
     outs, rows = [], []
     for method in args.methods:
-        out = folder / f"{Path(name).name}-{method}-{bits:g}"
+        out = output(folder, name, method, bits)
         row = {"model": Path(name).name, "budget_bits": bits, "method": method}
         try:
             row |= run_cell(model, method, bits, calibration, out, args)
@@ -76,7 +95,7 @@ def run_budget(name: str, bits: float, args, folder: Path) -> list[dict]:
     measured = ("perplexity", "perplexity_stderr", "bits_per_byte", "kl", "kl_stderr",
                 "top1_agreement")  # fmt: skip
     for row in rows:
-        found = scores.get(str(folder / f"{row['model']}-{row['method']}-{bits:g}"))
+        found = scores.get(str(output(folder, name, row["method"], bits)))
         if found:
             row |= {key: found[key] for key in measured}
             print(json.dumps(row), flush=True)
@@ -116,21 +135,33 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=60_000)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=None, help="folder to keep outputs in")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     args = parser.parse_args()
-    rows, skipped = [], []
-    folder = Path(tempfile.mkdtemp(prefix="quality-"))
+    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    skipped = []
+    folder = args.work or Path(tempfile.mkdtemp(prefix="quality-"))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in args.models:
             if not name.startswith("bundled") and not Path(located(name, args.data)).is_dir():
                 skipped.append(name)
                 continue
             for bits in args.bits:
-                rows += run_budget(name, bits, args, folder)
+                rows = merged(rows, run_budget(name, bits, args, folder))
                 save(rows, skipped, args)
     finally:
-        shutil.rmtree(folder)
+        if args.work is None:
+            shutil.rmtree(folder)
     print(table(rows))
+
+
+def merged(rows: list[dict], new: list[dict]) -> list[dict]:
+    """Rows with those of one model and budget replaced, in order of both."""
+    place = (new[0]["model"], new[0]["budget_bits"])
+    kept = [row for row in rows if (row["model"], row["budget_bits"]) != place]
+    return sorted(kept + new, key=lambda row: (row["model"], row["budget_bits"]))
 
 
 def save(rows: list[dict], skipped: list[str], args) -> None:
