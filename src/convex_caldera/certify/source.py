@@ -20,6 +20,7 @@ from convex_caldera.errors import CheckError, FormatError
 
 SINGLE = "model.safetensors"
 CHUNK = 1 << 24
+COPIES = "copies"  # key of the report: tensor -> layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +90,8 @@ def check_rest(output: Output, source: Source) -> str:
     """
     tuned = tuned_tensors(output)
     weights = {f"{name}.weight": layer.spec.shape for name, layer in output.layers.items()}
-    odd = set(source.shards) ^ (set(output.rest) | set(weights))
+    copies = _check_copies(output, source)
+    odd = set(source.shards) ^ (set(output.rest) | set(weights) | copies)
     if odd:
         raise CheckError(f"{short(sorted(odd)[0])} is in the model or the output but not in both")
     for name, shape in weights.items():
@@ -109,7 +111,31 @@ def check_rest(output: Output, source: Source) -> str:
             found = _digest(shard, name)
         if found != _digest(other, name):
             raise CheckError(f"{short(name)}: its bytes differ from the model's")
-    return f"{len(output.rest) - len(tuned)} tensors" + (f", {len(tuned)} tuned" if tuned else "")
+    text = f"{len(output.rest) - len(tuned)} tensors" + (f", {len(tuned)} tuned" if tuned else "")
+    return text + (f", {len(copies)} of a compressed matrix" if copies else "")
+
+
+def _check_copies(output: Output, source: Source) -> set[str]:
+    """Tensors that are not stored since the model has them twice: to the byte a layer's weight."""
+    copies = output.report.get(COPIES, {})
+    if not isinstance(copies, dict):
+        raise FormatError(f"report: {COPIES} must be an object")
+    for name, layer in copies.items():
+        if not isinstance(layer, str) or layer not in output.layers or name in output.rest:
+            raise CheckError(f"report: {COPIES}: {short(name)} is no copy of a compressed layer")
+        if _differ(source, name, f"{layer}.weight"):
+            raise CheckError(f"{short(name)} is not the matrix of {short(layer)} in the model")
+    return set(copies)
+
+
+def _differ(source: Source, one: str, other: str) -> bool:
+    """Whether two tensors of the model differ in dtype, shape or bytes, or are not there."""
+    if not {one, other} <= set(source.shards):
+        return True
+    first, second = (source.shards[name].entries[name] for name in (one, other))
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return True
+    return _digest(source.shards[one], one) != _digest(source.shards[other], other)
 
 
 def _digest(shard: Shard, name: str) -> bytes:

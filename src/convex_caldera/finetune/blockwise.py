@@ -24,7 +24,7 @@ from convex_caldera.finetune.losses import divergence, mixed_precision, relative
 from convex_caldera.finetune.parts import Wish
 from convex_caldera.finetune.place import Trained, Values, norm_weights, replace_layers
 from convex_caldera.finetune.schedule import Schedule
-from convex_caldera.finetune.stored import StoredModel, with_values
+from convex_caldera.finetune.stored import StoredModel, with_embeddings, with_values
 from convex_caldera.finetune.team import Team
 from convex_caldera.finetune.training import Meter, Outcome, train
 from convex_caldera.finetune.windows import TrainingText
@@ -104,8 +104,10 @@ def tune_blocks(
     share = None if schedule.seconds is None else schedule.seconds / count
     schedule = replace(schedule, seconds=share)
     targets = HiddenStates(skeleton, text.tokens, text.batch_size)
-    states = HiddenStates(skeleton, text.tokens, text.batch_size)
-    untouched = HiddenStates(skeleton, text.validation_tokens, text.batch_size)
+    embeddings = stored.embeddings()
+    with with_embeddings(skeleton, embeddings):
+        states = HiddenStates(skeleton, text.tokens, text.batch_size)
+        untouched = HiddenStates(skeleton, text.validation_tokens, text.batch_size)
     values: Values = {}
     outcomes = []
     for index, block in iterate_blocks(skeleton):
@@ -127,7 +129,7 @@ def tune_blocks(
         for name in trained.layers:
             parent, _, child = name.rpartition(".")
             setattr(block.get_submodule(parent) if parent else block, child, plain[name])
-    before, after = _divergences(stored, targets, untouched, states, text)
+    before, after = _divergences(stored, embeddings, targets, untouched, states, text)
     return BlockResult(values, tuple(outcomes), before, after)
 
 
@@ -149,6 +151,7 @@ def _prepare(
 @torch.no_grad()
 def _divergences(
     stored: StoredModel,
+    embeddings: Values,
     targets: HiddenStates,
     untouched: HiddenStates,
     tuned: HiddenStates,
@@ -162,7 +165,7 @@ def _divergences(
     with skeleton.loaded_outside() as model:
         for place, batch in enumerate(text.validation):
             original = targets.leave(model, batch)
-            with with_values(model, outside):
+            with with_values(model, outside), with_embeddings(skeleton, embeddings):
                 for i, (states, number) in enumerate(((untouched, place), (tuned, batch))):
                     sums[i] += float(divergence(states.leave(model, number), original))
     return sums[0] / len(text.validation), sums[1] / len(text.validation)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import FormatError
 from convex_caldera.finetune.place import norm_weights
+from convex_caldera.models.embeddings import embedding_modules
 from convex_caldera.models.meta import load_config, meta_model
+from convex_caldera.models.parameters import slots
 from convex_caldera.models.sites import find_blocks
+from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.runtime.names import own_name
 from convex_caldera.storage.read import Container
 from convex_caldera.storage.shard import DTYPES
@@ -26,6 +29,7 @@ class StoredModel:
         container: the directory.
         blocks_name: the module list of the decoder blocks.
         layer_names: module -> name of the compressed layer in the files.
+        embedding_names: the same of embeddings, which are not trained.
         norm_names: parameter of a normalization layer -> name of its tensor in the files.
 
     Raises:
@@ -37,12 +41,16 @@ class StoredModel:
         model = meta_model(load_config(container.directory), torch.float32)
         self.blocks_name = find_blocks(model)[0]
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        embeddings = set(embedding_modules(model).values())
         self.layer_names: dict[str, str] = {}
+        self.embedding_names: dict[str, str] = {}
         for stored in container.layers:
             own = own_name(model, f"{stored}.weight", parameters)
             if own is None:
                 raise FormatError(f"{stored}: the model has no such layer")
-            self.layer_names[own.removesuffix(".weight")] = stored
+            module = own.removesuffix(".weight")
+            names = self.embedding_names if module in embeddings else self.layer_names
+            names[module] = stored
         norms = norm_weights(model)
         named = ((own_name(model, stored, parameters), stored) for stored in container.rest)
         self.norm_names = {own: stored for own, stored in named if own is not None and own in norms}
@@ -53,6 +61,13 @@ class StoredModel:
             module: self.container.layer(stored)
             for module, stored in sorted(self.layer_names.items())
             if module.startswith(prefix)
+        }
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """Parameter name -> decoded weight, of compressed embeddings."""
+        return {
+            f"{module}.weight": self.container.layer(stored).decode()
+            for module, stored in self.embedding_names.items()
         }
 
     def norms(self, prefix: str = "") -> dict[str, Tensor]:
@@ -68,8 +83,9 @@ class StoredModel:
 
     @property
     def num_weights(self) -> int:
-        """Weights of all compressed layers."""
-        specs = [spec for _, spec in self.container.layers.values()]
+        """Weights of all compressed layers but embeddings."""
+        layers = self.container.layers
+        specs = [layers[stored][1] for stored in self.layer_names.values()]
         return sum(spec["shape"][0] * spec["shape"][1] for spec in specs)
 
 
@@ -85,3 +101,22 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
     finally:
         for name, data in kept.items():
             parameters[name].data = data
+
+
+@contextmanager
+def with_embeddings(skeleton: Skeleton, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """A skeleton whose embeddings, by their parameters, are these while the context lasts.
+
+    Tied ones are replaced in both places; all else is loaded and freed as ever.
+    """
+    stored = {skeleton.names[own]: value for own, value in values.items()}
+    places = [slot for slot in slots(skeleton.model) if skeleton.names.get(slot.name) in stored]
+    kept = [slot.parameter for slot in places]
+    for slot in places:
+        value = stored[skeleton.names[slot.name]].to(skeleton.device, skeleton.dtype)
+        slot.put(nn.Parameter(value, requires_grad=False))
+    try:
+        yield
+    finally:
+        for slot, parameter in zip(places, kept, strict=True):
+            slot.put(parameter)

@@ -42,7 +42,7 @@ def map_names(model: nn.Module, checkpoint: Checkpoint) -> NameMap:
     for names in groups.values():
         parameters |= _stored_names(names, model, checkpoint)
     persistent = set(model.state_dict(keep_vars=True)) - {slot.name for slot in slots(model)}
-    found = {name: _stored_name(name, model, checkpoint) for name in sorted(persistent)}
+    found = {name: stored_name(name, model, checkpoint) for name in sorted(persistent)}
     buffers = {name: stored for name, stored in found.items() if stored is not None}
     missing = tuple(slot.name for slot in slots(model) if slot.name not in parameters)
     used = {*parameters.values(), *buffers.values()}
@@ -67,7 +67,7 @@ def needs_conversion(model: nn.Module, checkpoint: Checkpoint) -> bool:
 
 def _stored_names(names: list[str], model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Stored names of one parameter that lives under `names` (several if tied)."""
-    found = {name: _stored_name(name, model, checkpoint) for name in names}
+    found = {name: stored_name(name, model, checkpoint) for name in names}
     present = {name: stored for name, stored in found.items() if stored is not None}
     if not present:
         return {}
@@ -80,7 +80,8 @@ def _stored_names(names: list[str], model: nn.Module, checkpoint: Checkpoint) ->
     return dict.fromkeys(names, first)
 
 
-def _stored_name(name: str, model: nn.Module, checkpoint: Checkpoint) -> str | None:
+def stored_name(name: str, model: nn.Module, checkpoint: Checkpoint) -> str | None:
+    """What a parameter is called in the checkpoint; None if it holds no tensor for it."""
     return next((c for c in _candidates(name, model) if c in checkpoint), None)
 
 

@@ -8,7 +8,6 @@ it at the right time.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,20 +65,25 @@ class ConvexCalderaQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Iterable[str] | None = None, **kwargs: Any
     ) -> Any:
+        from convex_caldera.runtime.late import embedding_layers, expect, late_tensors
         from convex_caldera.runtime.replace import replace_linears
 
-        specs = specs_of_files([Path(file) for file in checkpoint_files or ()])
-        replace_linears(model, specs)
-        self._lossless = expect_lossless(model, [Path(file) for file in checkpoint_files or ()])
+        files = [Path(file) for file in checkpoint_files or ()]
+        specs = specs_of_files(files)
+        embeddings = embedding_layers(model, specs)
+        replace_linears(model, {n: spec for n, spec in specs.items() if n not in embeddings})
+        self._late = late_tensors(model, files, embeddings)
+        expect(model, self._late)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from convex_caldera.runtime.late import fill
         from convex_caldera.runtime.linear import CompressedLinear
 
         for module in model.modules():
             if isinstance(module, CompressedLinear):
                 module.settle()
-        fill_lossless(model, self._lossless)
+        fill(model, self._late)
         apply_activations(model, self.quantization_config.activations)
         return model
 
@@ -119,58 +123,6 @@ def apply_activations(model: Any, text: str | None) -> None:
         from convex_caldera.runtime.attention import round_activations
 
         round_activations(model, parse_activations(text))
-
-
-def expect_lossless(model: Any, files: Iterable[Path]) -> dict[str, tuple[Any, Any]]:
-    """Parameters that come from losslessly coded tensors: name -> (header, what it stands for).
-
-    transformers is told not to miss them, nor to wonder at the coded ones; what is tied to them is
-    tied again by `fill_lossless`, since it would look for one of both in the files.
-    """
-    from convex_caldera.runtime.names import own_name
-    from convex_caldera.storage.lossless import SUFFIX, lossless_infos
-    from convex_caldera.storage.shard import read_header
-
-    expected = set(model.state_dict())
-    found: dict[str, tuple[Any, Any]] = {}
-    unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
-    for header in map(read_header, files):
-        for name, info in (lossless_infos(header) or {}).items():
-            unexpected.add(f"^{re.escape(name + SUFFIX)}$")
-            own = own_name(model, name, expected)
-            if own is not None:  # the original may hold tensors that its model does not use
-                found[own] = (header, info)
-    pairs = {pair for pair in model.all_tied_weights_keys.items() if set(pair) & set(found)}
-    model.all_tied_weights_keys = {
-        target: source
-        for target, source in model.all_tied_weights_keys.items()
-        if (target, source) not in pairs
-    }
-    names = set(found) | {name for pair in pairs for name in pair}
-    missing = set(model._keys_to_ignore_on_load_missing or ())
-    model._keys_to_ignore_on_load_missing = missing | {f"^{re.escape(name)}$" for name in names}
-    model._keys_to_ignore_on_load_unexpected = unexpected
-    return found
-
-
-@torch.no_grad()
-def fill_lossless(model: Any, found: dict[str, tuple[Any, Any]]) -> None:
-    """Decode what `expect_lossless` promised, into the parameters as they were loaded."""
-    from convex_caldera.storage.lossless import read_lossless
-    from convex_caldera.storage.shard import bytes_as_tensor
-
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    for own, (header, info) in found.items():
-        value = bytes_as_tensor(read_lossless(header, info), info)
-        if tensors[own].shape != value.shape:
-            raise FormatError(f"{own}: {tuple(value.shape)} in the file, the model differs")
-        tensors[own].copy_(value)
-    if found:
-        model.tie_weights()
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def specs_of_files(files: Iterable[Path]) -> dict[str, Any]:

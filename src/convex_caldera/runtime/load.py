@@ -7,6 +7,7 @@ Nothing of transformers' own loading is used, so this also checks it: both must 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from convex_caldera.errors import FormatError, ModelError
 from convex_caldera.models.meta import load_config, meta_model
+from convex_caldera.runtime.late import embedding_layers
 from convex_caldera.runtime.names import own_name
 from convex_caldera.runtime.replace import replace_linears
 from convex_caldera.storage.read import Container, open_container
@@ -38,18 +40,22 @@ def load(
 
     Returns:
         A transformers causal language model in evaluation mode whose compressed layers are
-        `CompressedLinear`. It can be saved with `save_pretrained` and loaded again.
+        `CompressedLinear`; a compressed embedding or head is decoded once, into a plain weight.
+        It can be saved with `save_pretrained` and loaded again.
 
     Raises:
         FormatError: the directory is damaged or does not fit its own config.json.
         ModelError: transformers does not know the architecture.
 
-    Cost: one pass over the files; memory of the stored tensors, plus one tensor.
+    Cost: one pass over the files; memory of the stored tensors, plus one tensor, and embeddings
+    as large as the original's.
     """
     container = open_container(directory, verify)
     model = meta_model(load_config(container.directory), _dtype(container, dtype))
-    replace_linears(model, {name: spec for name, (_, spec) in container.layers.items()})
-    _fill(model, container, torch.device(device))
+    specs = {name: spec for name, (_, spec) in container.layers.items()}
+    embeddings = embedding_layers(model, specs)
+    replace_linears(model, {name: s for name, s in specs.items() if name not in embeddings})
+    _fill(model, container, embeddings, torch.device(device))
     _require_filled(model, container)
     _finish(model, container)
     return model.to(device).eval()
@@ -66,13 +72,19 @@ def _dtype(container: Container, dtype: torch.dtype | str | None) -> torch.dtype
     return found
 
 
-def _fill(model: nn.Module, container: Container, device: torch.device) -> None:
+def _fill(
+    model: nn.Module, container: Container, embeddings: Mapping[str, str], device: torch.device
+) -> None:
     expected = dict(model.state_dict(keep_vars=True))
     for name in container.rest:
         own = own_name(model, name, expected)
         if own is not None:  # the original may hold tensors that its model does not use
             _set(model, own, container.tensor(name).to(device), expected[own])
+    for layer, own in embeddings.items():
+        _set(model, own, container.layer(layer).decode().to(device), expected[own])
     for layer, (header, spec) in container.layers.items():
+        if layer in embeddings:
+            continue
         for field in spec_layout(spec):
             name = f"{layer}.{field}"
             own = own_name(model, name, expected)

@@ -43,11 +43,17 @@ SIDE_FILES = (
 class SourceModel:
     """A local Hugging Face model directory with safetensors weights.
 
+    Args:
+        directory: of the model.
+        copies: tensors that hold a matrix once more which is compressed under another name; an
+            output does not keep them.
+
     Raises ModelError, on first use, where the directory has no config.json or no safetensors
     weights, or is already quantized; FormatError where the weights are damaged.
     """
 
     directory: Path
+    copies: frozenset[str] = frozenset()
 
     @cached_property
     def config_text(self) -> str:
@@ -86,7 +92,7 @@ class SourceModel:
         return tensor_bytes(self.checkpoint.tensor(name))
 
     def rest(self, layers: Collection[str]) -> list[TensorInfo]:
-        """All tensors but the weights of the named layers, in the order of their names.
+        """All tensors but the weights of the named layers and copies, in the order of their names.
 
         Raises ModelError if a layer has no weight here.
         """
@@ -94,7 +100,7 @@ class SourceModel:
         unknown = sorted(weights - set(self.infos))
         if unknown:
             raise ModelError(f"{self.directory.name}: has no tensor {unknown[0]!r}")
-        return [self.infos[name] for name in sorted(set(self.infos) - weights)]
+        return [self.infos[name] for name in sorted(set(self.infos) - weights - self.copies)]
 
     def side_files(self) -> dict[str, Path]:
         """Relative name -> path of the files that are copied as they are."""

@@ -43,7 +43,7 @@ def write_tuned(
     old = source.report()
     tuned = set(old.get(KEY, {}).get("layers", ()))
     entries = []
-    for module, name in stored.layer_names.items():
+    for module, name in {**stored.layer_names, **stored.embedding_names}.items():
         before = source.layer(name)
         layer = _tuned_layer(module, before, values, wish, settings.seed)
         if layer is not before:

@@ -14,7 +14,8 @@ from convex_caldera.storage.spec import Spec
 
 def check_trainable(stored: StoredModel, wish: Wish) -> None:
     """Raise RecipeError unless at least one of the wished parts exists in some layer."""
-    specs = [spec for _, spec in stored.container.layers.values()]
+    layers = stored.container.layers
+    specs = [layers[name][1] for name in stored.layer_names.values()]
     absent = [part for part in wish.parts if not _exists(part, stored, specs)]
     if len(absent) == len(wish.parts):
         reasons = "; ".join(f"{part}: {_REASONS[part]}" for part in absent)
