@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from convex_caldera.allocate.curves import Curves, curves_to_dict
+from convex_caldera.allocate.curves import curves_to_dict
 from convex_caldera.allocate.layer_program import layer_program
 from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.waterfilling import waterfilling_bits
 from convex_caldera.core.problem import Problem
-from convex_caldera.storage.partial import PartialRun
-from convex_caldera.workflow.fitting import Fitter, side_by_side
-from convex_caldera.workflow.job import Job
-from convex_caldera.workflow.planning import Plan, wishes_of
+from convex_caldera.models.sites import Site
+from convex_caldera.workflow.compression import Compression
+from convex_caldera.workflow.deciding import Decision
+from convex_caldera.workflow.distortion_unit import DistortionUnit
+from convex_caldera.workflow.fitting import side_by_side
+from convex_caldera.workflow.planning import wishes_of
 from convex_caldera.workflow.proposal import Proposal
 
 SCHEMA = 1
@@ -27,31 +28,27 @@ UNITS = {
 
 
 def certificate_of(
-    job: Job,
-    plan: Plan,
-    integer: IntegerPlan,
-    curves: Curves,
-    proposal: Proposal | None,
-    unit: str,
-    run: PartialRun,
-    fitter: Fitter,
-    scale: Mapping[str, float],
+    compression: Compression,
+    decision: Decision,
+    unit: DistortionUnit,
+    proposal: Proposal | None = None,
 ) -> dict[str, Any]:
     """Plain JSON; docs/certificate.md states what each field means and how it is rechecked."""
+    job, plan, integer = compression.job, decision.plan, decision.integer
     return {
-        "statement": statement_of(integer, unit),
+        "statement": statement_of(integer, unit.name),
         "schema": SCHEMA,
         "method": job.settings.method,
-        "unit": unit,
+        "unit": unit.name,
         "curvature": job.curvature,
         "budget_bytes": job.budget.compressed_bytes,
         "compressed_bytes": plan.compressed_bytes,
         "header_bytes": plan.compressed_bytes - integer.bits // 8,
         "reserved_bytes": job.budget.compressed_bytes - integer.budget_bits // 8,
-        "curves": curves_to_dict(curves),
+        "curves": curves_to_dict(decision.curves),
         "plan": integer.to_dict(),
         "surrogate": None if proposal is None else _surrogate(proposal),
-        "layers": _layers(job, integer, curves, run, fitter, scale),
+        "layers": _layers(compression, decision, unit),
     }
 
 
@@ -88,20 +85,14 @@ def _surrogate(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-def _layers(
-    job: Job,
-    integer: IntegerPlan,
-    curves: Curves,
-    run: PartialRun,
-    fitter: Fitter,
-    scale: Mapping[str, float],
-) -> dict[str, Any]:
+def _layers(compression: Compression, decision: Decision, unit: DistortionUnit) -> dict[str, Any]:
     """Per layer: option, bits, rank, losses, the waterfilling limit, and its low-rank program."""
-    menus = {group.name: group for group in curves.groups}
+    job, fitter, integer = compression.job, compression.fitter, decision.integer
+    menus = {group.name: group for group in decision.curves.groups}
 
-    def work(name: str) -> dict[str, Any]:
-        site = next(s for s in job.sites if s.name == name)
-        record = run.record(name)
+    def work(site: Site) -> dict[str, Any]:
+        name = site.name
+        record = compression.run.record(name)
         problem = fitter.curvatures.problem(site, fitter.weight(site))
         limit = _limit(problem, record["loss"])
         distortion = menus[name].option(integer.choice[name]).distortion
@@ -112,13 +103,13 @@ def _layers(
             "rank": record["rank"],
             "loss": record["loss"],
             "relative_loss": record["relative_loss"],
-            "held_out_scale": scale.get(name, 1.0),
+            "held_out_scale": unit.scale.get(name, 1.0),
             "gap_to_waterfilling_bits": None if limit is None else record["bits"] - limit,
             "program": _program(problem, record["loss"], distortion, integer.price, factor_bits),
         }
 
-    names = [site.name for site in job.sites]
-    return dict(sorted(side_by_side(work, names, 1)))
+    found = {site.name: layer for site, layer in side_by_side(work, job.sites, 1)}
+    return dict(sorted(found.items()))
 
 
 def _limit(problem: Problem, loss: float) -> float | None:

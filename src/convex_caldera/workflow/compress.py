@@ -28,11 +28,12 @@ from convex_caldera.storage.partial import PartialRun
 from convex_caldera.storage.read import Container
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
-from convex_caldera.workflow.allocating import Allocator
+from convex_caldera.workflow.allocating import allocate_convex
+from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS, gather
 from convex_caldera.workflow.decoders import with_decoders
 from convex_caldera.workflow.finishing import finish
-from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.fitting import Fitter, Task, fit_missing
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.menu_allocating import allocate_menu
 from convex_caldera.workflow.models import usable_device
@@ -47,7 +48,7 @@ from convex_caldera.workflow.planning import (
 )
 from convex_caldera.workflow.precision import code_bits, precision_label
 from convex_caldera.workflow.progress import Progress, Silent
-from convex_caldera.workflow.sequential import in_order
+from convex_caldera.workflow.sequential import fit_in_order
 from convex_caldera.workflow.settings import Settings
 
 
@@ -233,32 +234,36 @@ def fit_all(
         job.gradient_options,
     )
     fitter = Fitter(job.skeleton, curvatures, job.settings.seed)
+    compression = Compression(job, fitter, run, progress, workers)
+    certificate = None
     if job.method.menu is not None:
-        return *allocate_menu(job, fitter, run, progress, workers), curvatures.notes()
-    if job.method.allocates:
-        return *Allocator(job, fitter, run, progress, workers).run_all(), curvatures.notes()
+        plan, certificate = allocate_menu(compression)
+    elif job.method.allocates:
+        plan, certificate = allocate_convex(compression)
+    else:
+        plan = _fit_uniformly(compression)
+    return plan, certificate, curvatures.notes()
+
+
+def _fit_uniformly(compression: Compression) -> Plan:
+    """The method's uniform plan, every layer fitted and stored."""
+    job = compression.job
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
-    recipes = plan.recipes
-    if job.method.share is not None:
-        if job.settings.targets == "drift-corrected":
+    if job.settings.targets == "drift-corrected":
+        if job.method.share is not None:
             raise RecipeError(
                 f"{job.method.name} trains decoders for several layers at once; it cannot correct "
                 "for the drift of those before them"
             )
-        recipes = with_decoders(job, fitter, plan.recipes, run, progress)
-    if job.settings.targets == "drift-corrected":
-        in_order(job, fitter, plan.recipes, workers).run(run, progress)
-        return plan, None, curvatures.notes()
-    missing = [site for site in job.sites if site.name not in run.done()]
-    progress.start("layers", len(missing))
-
-    def work(site: Site) -> Any:
-        return fitter.fit(site, recipes[site.name])
-
-    for site, fit in side_by_side(work, missing, workers):
-        run.put(site.name, fit.layer, fitter.record(site, plan.recipes[site.name], fit))
-        progress.advance(site.name)
-    return plan, None, curvatures.notes()
+        fit_in_order(compression, plan.recipes)
+        return plan
+    primed = {} if job.method.share is None else with_decoders(compression, plan.recipes)
+    tasks = [
+        Task(site.name, site, plan.recipes[site.name], primed.get(site.name)) for site in job.sites
+    ]
+    run, progress, workers = compression.run, compression.progress, compression.workers
+    fit_missing(compression.fitter, tasks, run, "layers", progress, workers)
+    return plan
 
 
 def _summary(

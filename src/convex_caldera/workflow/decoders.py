@@ -35,9 +35,8 @@ from convex_caldera.quantizers.neural_training import (
     train,
 )
 from convex_caldera.recipes.autoencoder import core_of, parse_options, with_recipe_core
-from convex_caldera.storage.partial import PartialRun
+from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.fitting import Fitter, side_by_side
-from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.progress import Progress
 
 FOLDER = "decoders"
@@ -52,11 +51,12 @@ class Trained:
     encoder: Encoder
 
 
-def with_decoders(
-    job: Job, fitter: Fitter, recipes: Mapping[str, Recipe], run: PartialRun, progress: Progress
-) -> dict[str, Recipe]:
-    """The recipes with trained decoders in place of records; trains what is not on disk."""
-    sites = {site.name: site for site in job.sites}
+def with_decoders(compression: Compression, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """The recipes with trained decoders in place of records; trains what is not on disk.
+
+    Those whose layers all are in the run, with all that share their decoder, are left out.
+    """
+    run, progress = compression.run, compression.progress
     groups: dict[str, list[str]] = {}
     for name, recipe in recipes.items():
         groups.setdefault(core_of(recipe).home or name, []).append(name)
@@ -68,7 +68,7 @@ def with_decoders(
         core = _training_core([core_of(recipes[name]) for name in members])
         trained = read_decoder(path, core) if path.is_file() else None
         if trained is None:
-            patches = _sample(job, fitter, {n: recipes[n] for n in members}, sites, progress)
+            patches = _sample(compression, {n: recipes[n] for n in members})
             trained = _train(core, patches, len(members), progress)
             write_decoder(path, trained)
         for name in members:
@@ -95,20 +95,16 @@ def _train(core: Neural, patches: Patches, count: int, progress: Progress) -> Tr
     return Trained(core, decoder, encoder)
 
 
-def _sample(
-    job: Job,
-    fitter: Fitter,
-    recipes: Mapping[str, Recipe],
-    sites: Mapping[str, Site],
-    progress: Progress,
-) -> Patches:
+def _sample(compression: Compression, recipes: Mapping[str, Recipe]) -> Patches:
     """Patches of what low rank leaves in the layers, as many of each, all of one energy."""
+    job, progress = compression.job, compression.progress
+    sites = {site.name: site for site in job.sites}
     sample = parse_options(job.settings.neural).sample
     most = max(sample // len(recipes), 1)
     progress.start("patches", len(recipes))
 
     def work(name: str) -> Patches:
-        patches = residual_patches(fitter, sites[name], recipes[name])
+        patches = residual_patches(compression.fitter, sites[name], recipes[name])
         if len(patches) <= most:
             return patches
         random = generator(job.settings.seed, name, "patches of a shared decoder")

@@ -16,8 +16,10 @@ from convex_caldera.fit.backfit import Fit, fit_layer
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.recipes.records import to_record
+from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.code_rates import code_rates
 from convex_caldera.workflow.curvatures import Curvatures
+from convex_caldera.workflow.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,6 +76,40 @@ class Fitter:
             "trace": [[step.sweep, step.step, step.relative_loss] for step in fit.trace],
             "recipe": to_record(recipe),
         }
+
+
+@dataclass(frozen=True)
+class Task:
+    """One fit: the name it is kept under, its layer and its recipe.
+
+    `primed` is the recipe with what was trained for it beforehand, if anything was.
+    """
+
+    name: str
+    site: Site
+    recipe: Recipe
+    primed: Recipe | None = None
+
+
+def fit_missing(
+    fitter: Fitter,
+    tasks: Sequence[Task],
+    run: PartialRun,
+    stage: str,
+    progress: Progress,
+    workers: int,
+) -> None:
+    """Fit and keep every task whose name is not in the run yet, `workers` at a time."""
+    done = run.done()
+    missing = [task for task in tasks if task.name not in done]
+    progress.start(stage, len(missing))
+
+    def work(task: Task) -> Fit:
+        return fitter.fit(task.site, task.primed or task.recipe)
+
+    for task, fit in side_by_side(work, missing, workers):
+        run.put(task.name, fit.layer, fitter.record(task.site, task.recipe, fit))
+        progress.advance(task.name)
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[T, R]]:

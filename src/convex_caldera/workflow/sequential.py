@@ -25,23 +25,28 @@ from convex_caldera.models.blocks import HiddenStates
 from convex_caldera.models.intercept import ForwardStoppedError, first_input
 from convex_caldera.models.sites import Site
 from convex_caldera.storage.partial import PartialRun
+from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.fitting import Fitter, side_by_side
-from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.progress import Progress
 
 # Tokens that moments are taken over: this many, or so many for each column of the widest input.
 LEAST_TOKENS, TOKENS_PER_COLUMN = 16_384, 16
 
 
-def in_order(job: Job, fitter: Fitter, recipes: Mapping[str, Recipe], workers: int) -> InOrder:
-    """The layers of a job, block after block.
+def fit_in_order(compression: Compression, recipes: Mapping[str, Recipe]) -> None:
+    """Fit and store the layers of a plan, block after block.
 
     Raises:
         RecipeError: the job has no calibration text.
+        DataError, NumericalError, ShapeError: as `InOrder.run`.
     """
+    job = compression.job
     if job.tokens is None:
         raise RecipeError("drift-corrected targets need calibration text")
-    return InOrder(fitter, job.tokens, recipes, job.curvature == "input", workers)
+    by_inputs = job.curvature == "input"
+    InOrder(compression.fitter, job.tokens, recipes, by_inputs, compression.workers).run(
+        compression.run, compression.progress
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,29 @@
+"""One compression under way: what is asked, who fits it, and where its layers are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convex_caldera.storage.partial import PartialRun
+from convex_caldera.workflow.fitting import Fitter
+from convex_caldera.workflow.job import Job
+from convex_caldera.workflow.progress import Progress
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A job being done.
+
+    Args:
+        job: what is asked.
+        fitter: the model, its curvatures and the seed.
+        run: where finished layers are kept.
+        progress: told of every finished step.
+        workers: layers fitted at a time; does not change the result.
+    """
+
+    job: Job
+    fitter: Fitter
+    run: PartialRun
+    progress: Progress
+    workers: int
