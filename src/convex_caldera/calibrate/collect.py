@@ -135,7 +135,7 @@ def _measure(
     """Run a block over all batches with its inputs watched; `keep` keeps the outputs too."""
     structure = states.skeleton.structure
     meters = {
-        site.name: _Meter(InputAccumulator(site.name, site.shape[1], states.skeleton.device))
+        site.name: Meter(InputAccumulator(site.name, site.shape[1], states.skeleton.device))
         for site in structure.sites_of(index)
         if site.name == site.input_site
     }
@@ -160,7 +160,7 @@ def _measure(
     return {name: meter.accumulator.finish() for name, meter in meters.items()}
 
 
-class _Meter:
+class Meter:
     """A forward pre-hook that adds what a layer reads to an accumulator."""
 
     def __init__(self, accumulator: InputAccumulator):

@@ -3,7 +3,8 @@
     curvature.json               schema, provenance, the SHA-256 of every file, each layer's file
     curvature-00000.safetensors  <layer>.<part>: lower triangle, row by row, float64
 
-Kronecker curvature has the parts `input` (n, n) and `output` (m, m); other kinds name their own.
+Kronecker curvature has the parts `input` (n, n) and `output` (m, m); other kinds name their own. A
+diagonal matrix may be given by its diagonal alone: the part `diagonal` (n,), stored as it is.
 Files are written beside their place and renamed, the JSON last, so that a run killed at any
 moment leaves a whole curvature or none.
 """
@@ -29,7 +30,8 @@ from convex_caldera.models.checkpoint import hash_file, read_json
 CURVATURE_INDEX = "curvature.json"
 SCHEMA = 1
 
-Parts = Mapping[str, Tensor]  # part -> symmetric matrix
+DIAGONAL = "diagonal"
+Parts = Mapping[str, Tensor]  # part -> symmetric matrix, or its diagonal
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class CurvatureProvenance:
     """What a curvature depends on; it is reused only if all of it is the same.
 
     Attributes:
-        kind: "kronecker", or another kind made from gradients.
+        kind: "kronecker", another kind made from gradients, or "diagonal" (of a file).
         model: fingerprint of the checkpoint (`Checkpoint.fingerprint`).
-        tokens: fingerprint of the token ids it was collected on (`text.fingerprint`).
+        tokens: fingerprint of the token ids it was collected on (`text.fingerprint`), or of the
+            file that it comes from.
         dtype: of the computation, as "float32".
         seed: of the labels drawn.
     """
@@ -74,7 +77,7 @@ def save_curvature(
     named = {layer: f"curvature-{blocks[layer]:05d}.safetensors" for layer in sorted(layers)}
     for name in sorted(set(named.values())):
         tensors = {
-            f"{layer}.{part}": pack_symmetric(0.5 * (matrix + matrix.T).double().cpu())
+            f"{layer}.{part}": _packed(matrix.double().cpu())
             for layer, file in named.items()
             if file == name
             for part, matrix in layers[layer].items()
@@ -163,7 +166,13 @@ def _read(file: Path, digest: Any) -> dict[str, Tensor]:
         raise FormatError(f"{file} is not readable: {error}") from error
 
 
+def _packed(matrix: Tensor) -> Tensor:
+    return matrix if matrix.dim() == 1 else pack_symmetric(0.5 * (matrix + matrix.T))
+
+
 def _unpacked(packed: Tensor, name: str) -> Tensor:
+    if name.endswith(f".{DIAGONAL}") and packed.dim() == 1 and packed.dtype == torch.float64:
+        return packed
     n = round((8 * packed.numel() + 1) ** 0.5 - 1) // 2
     whole = packed.dim() == 1 and n * (n + 1) // 2 == packed.numel()
     if not whole or packed.dtype != torch.float64:

@@ -52,7 +52,7 @@ LAYER_KEYS = (
 # Methods whose outputs make a plan, so that one without its certificate is not accepted.
 PLANNED = ("convex-caldera", "reallm")
 UNITS = ("nats", "relative")
-CURVATURES = ("none", "input", "kronecker", "guided")
+CURVATURES = ("none", "input", "kronecker", "guided", "diagonal")
 
 
 def certificate_of(output: Output) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ Curvature of the model's own loss is kept by layer:
                                "files": {file: sha256}, "layers": {layer: file}}
     <file>                    kronecker: <layer>.input, <layer>.output: lower triangles of H and O
                               guided: <layer>.group0, .group1, ...: of H_k for groups of rows
+                              diagonal: <layer>.diagonal: (n,), of a file of diagonal Hessians
                               all float64
 
 Both may lie in one folder.
@@ -34,7 +35,7 @@ from convex_caldera.errors import FormatError
 Floats = NDArray[np.float64]
 INDEX = "calibration.json"
 CURVATURE = "curvature.json"
-GRADIENT_KINDS = ("kronecker", "guided")
+BY_LAYER = ("kronecker", "guided", "diagonal")
 ROW_UNIT = 16  # groups of rows begin at multiples of it
 SCHEMA = 1
 PROVENANCE = ("model", "tokens", "dtype", "store", "propagate", "recipe")
@@ -60,7 +61,7 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Saved curvature of a model. `kind` is "input", "kronecker" or "guided", as in certificates.
+    """Saved curvature of a model. `kind` is "input" or one of BY_LAYER, as in certificates.
 
     `sides` takes (layer, input site, rows).
     """
@@ -72,11 +73,12 @@ class Statistics:
 
 def read_statistics(directory: Path, kind: str = "input") -> Statistics:
     """Statistics of one kind in a folder, hashes checked. Raises FormatError where damaged."""
-    name, reader = (CURVATURE, _read_curvature) if kind in GRADIENT_KINDS else (INDEX, _read_inputs)
+    name, reader = (CURVATURE, _read_curvature) if kind in BY_LAYER else (INDEX, _read_inputs)
     if not (directory / name).is_file():
-        raise FormatError(
-            f"{directory.name!a}: holds no {name}; run calibrate with --curvature {short(kind)}"
-        )
+        way = f"calibrate with --curvature {short(kind)}"
+        if kind == "diagonal":
+            way = "compress with --diag-hessians FILE --hessians DIR"
+        raise FormatError(f"{directory.name!a}: holds no {name}; run {way}")
     found = reader(directory)
     if found.kind != kind:
         raise FormatError(f"{name}: losses are under {short(kind)} curvature, not {found.kind}")
@@ -131,7 +133,7 @@ def _read_curvature(directory: Path) -> Statistics:
         raise FormatError(f"{CURVATURE}: provenance, files and layers must be objects")
     string(provenance.get("model"), f"{CURVATURE}: provenance.model")
     kind = provenance.get("kind")
-    if kind not in GRADIENT_KINDS:
+    if kind not in BY_LAYER:
         raise FormatError(f"{CURVATURE}: kind {short(kind)}")
     shards = {name: _hashed_shard(directory, name, files[name], CURVATURE) for name in files}
 
@@ -142,6 +144,8 @@ def _read_curvature(directory: Path) -> Statistics:
         shard = shards[file]
         if kind == "kronecker":
             return Sides(_matrix(shard, f"{layer}.input"), _matrix(shard, f"{layer}.output"))
+        if kind == "diagonal":
+            return Sides(_diagonal(shard, f"{layer}.diagonal"))
         return _by_rows(shard, layer, rows)
 
     return Statistics(kind, provenance, sides)
@@ -167,6 +171,13 @@ def _by_rows(shard: Shard, layer: str, rows: int) -> Sides:
 
 def _matrix(shard: Shard, name: str) -> Floats:
     return unpack_symmetric(shard.array(name).astype(np.float64), name)
+
+
+def _diagonal(shard: Shard, name: str) -> Floats:
+    values = shard.array(name).astype(np.float64)
+    if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
+        raise FormatError(f"{short(name)}: not finite entries >= 0 in a row, {values.shape}")
+    return np.diag(values)
 
 
 def _hashed_shard(directory: Path, file: Any, digest: Any, where: str) -> Shard:

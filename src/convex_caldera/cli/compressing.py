@@ -60,6 +60,9 @@ def compress(
     curvature_fallback: opt.CurvatureFallback = None,
     shrinkage: opt.Shrinkage = None,
     targets: opt.Targets = None,
+    modules: opt.Modules = None,
+    images: opt.Images = None,
+    diag_hessians: opt.DiagHessians = None,
     allow_short: opt.AllowShort = None,
     config: opt.Config = None,
     workers: Annotated[
@@ -87,7 +90,8 @@ def compress(
             nsamples=nsamples, seqlen=seqlen, seed=seed, device=device, dtype=dtype,
             ignore=ignore, pin=pin, tie=tie, bits_menu=bits_menu, rank_menu=rank_menu,
             curvature=curvature, curvature_fallback=curvature_fallback, shrinkage=shrinkage,
-            targets=targets, allow_short=allow_short,
+            targets=targets, modules=modules, images=images, diag_hessians=diag_hessians,
+            allow_short=allow_short,
         ),
     )  # fmt: skip
     with shown() as progress:
@@ -125,6 +129,8 @@ def plan(
     pin: opt.Pin = None,
     curvature: opt.Curvature = None,
     targets: opt.Targets = None,
+    modules: opt.Modules = None,
+    diag_hessians: opt.DiagHessians = None,
     config: opt.Config = None,
     layers: Annotated[bool, typer.Option("--layers", help="Print every layer.")] = False,
     json: opt.Json = None,
@@ -141,7 +147,8 @@ def plan(
             code_bits=code_bits, block_size=block_size, num_iters=num_iters,
             sample_size=sample_size, clip_ratio=clip_ratio, coder=coder,
             nsamples=nsamples, seqlen=seqlen,
-            ignore=ignore, pin=pin, curvature=curvature, targets=targets,
+            ignore=ignore, pin=pin, curvature=curvature, targets=targets, modules=modules,
+            diag_hessians=diag_hessians,
         ),
     )  # fmt: skip
     result = estimate(settings)
@@ -166,6 +173,8 @@ def calibrate(
             "model's loss, what the default method uses) or guided.",
         ),
     ] = None,
+    modules: opt.Modules = None,
+    images: opt.Images = None,
     allow_short: opt.AllowShort = None,
     json: opt.Json = None,
 ) -> None:
@@ -177,7 +186,8 @@ def calibrate(
         None,
         opt.given(
             model=model, dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
-            device=device, dtype=dtype, curvature=curvature, allow_short=allow_short,
+            device=device, dtype=dtype, curvature=curvature, modules=modules, images=images,
+            allow_short=allow_short,
         ),
     )  # fmt: skip
     with shown() as progress:

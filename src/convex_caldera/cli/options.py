@@ -149,6 +149,23 @@ Targets = Annotated[
         help="What is rounded: original weights, or drift-corrected ones, block after block.",
     ),
 ]
+Modules = Annotated[
+    str | None,
+    typer.Option(
+        "--modules", help="Parts to compress: language, tower, projector. Default language."
+    ),
+]
+Images = Annotated[
+    str | None,
+    typer.Option("--images", help="Folder of images that tower and projector are calibrated on."),
+]
+DiagHessians = Annotated[
+    str | None,
+    typer.Option(
+        "--diag-hessians",
+        help="Diagonal Hessians of a file (diag_Hessians.pt) instead of calibration.",
+    ),
+]
 Tie = Annotated[
     list[str] | None,
     typer.Option("--tie", help='Kinds that share a format in each block: "q_proj,k_proj,v_proj".'),

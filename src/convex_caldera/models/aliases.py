@@ -22,16 +22,30 @@ RENAMED = (
 
 
 def aliases(name: str) -> Iterator[str]:
-    """The name itself, then its other names, old and new, nearest first."""
+    """The name itself, then its other names, old and new, nearest first.
+
+    Two renamings may have come one after the other, so aliases of aliases follow.
+    """
+    seen = [name]
     yield name
+    for known in (name, *_renamed(name)):
+        for other in _renamed(known):
+            if other not in seen:
+                seen.append(other)
+                yield other
+
+
+def _renamed(name: str) -> list[str]:
+    found = []
     for new, old in RENAMED:
         if name.startswith(new):
-            yield old + name.removeprefix(new)
+            found.append(old + name.removeprefix(new))
         if name.startswith(old):
-            yield new + name.removeprefix(old)
+            found.append(new + name.removeprefix(old))
     # Keys that a script made by putting "language_model." before every name.
     if name.startswith("language_model."):
-        yield name.removeprefix("language_model.")
+        found.append(name.removeprefix("language_model."))
+    return found
 
 
 def known_alias(name: str, known: Container[str]) -> str | None:

@@ -83,5 +83,12 @@ def forward_until_stopped(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, handler: Handler
 ) -> None:
     """The model's forward on tokens (samples, length), which the handler may cut short."""
+    run_until_stopped(lambda: model(input_ids=tokens, use_cache=False), blocks, handler)
+
+
+def run_until_stopped(
+    run: Callable[[], Any], blocks: Sequence[nn.Module], handler: Handler
+) -> None:
+    """A forward that goes through the blocks, which the handler may cut short."""
     with torch.no_grad(), intercepted(blocks, handler), suppress(ForwardStoppedError):
-        model(input_ids=tokens, use_cache=False)
+        run()

@@ -21,9 +21,9 @@ from convex_caldera.models.intercept import (
     ForwardStoppedError,
     first_input,
     first_output,
-    forward_until_stopped,
     intercepted,
     like_output,
+    run_until_stopped,
     split_call,
 )
 from convex_caldera.models.parameters import device_of, stand_ins
@@ -93,22 +93,27 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         ModelError: no list of like modules contains a linear layer.
     """
-    decoder = _text_decoder(model)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.startswith(decoder)
-        and isinstance(module, nn.ModuleList)
-        and len(module)
-        and _is_alike(module)
-    ]
-    if not found:
+    found = largest_block_list(model, _text_decoder(model))
+    if found is None:
         raise ModelError(
             f"{type(model).__name__} has no decoder blocks: no module list of like modules "
             "with nn.Linear layers inside"
         )
+    return found
+
+
+def largest_block_list(model: nn.Module, prefix: str = "") -> tuple[str, nn.ModuleList] | None:
+    """The largest list of like modules with linear layers whose name begins with `prefix`."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.startswith(prefix)
+        and isinstance(module, nn.ModuleList)
+        and len(module)
+        and _is_alike(module)
+    ]
     # Of lists nested in each other with equal content, the outermost has the shortest name.
-    return max(found, key=lambda entry: (_linear_weights(entry[1]), -len(entry[0])))
+    return max(found, key=lambda entry: (_linear_weights(entry[1]), -len(entry[0])), default=None)
 
 
 def _text_decoder(model: nn.Module) -> str:
@@ -127,10 +132,29 @@ def find_structure(model: nn.Module) -> Structure:
         ModelError: there are no decoder blocks, or they cannot be called one by one.
     """
     blocks_name, module_list = find_blocks(model)
+    tokens = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
+    return structure_of(
+        model, blocks_name, module_list, lambda: model(input_ids=tokens, use_cache=False)
+    )
+
+
+def structure_of(
+    model: nn.Module, blocks_name: str, module_list: nn.ModuleList, run: Callable[[], Any]
+) -> Structure:
+    """Linear layers and shared inputs of a list of blocks.
+
+    Args:
+        model: holds the blocks, with or without weights.
+        blocks_name, module_list: the blocks.
+        run: a forward of the model that reaches all blocks.
+
+    Raises:
+        ModelError: the blocks cannot be called one by one.
+    """
     blocks = tuple(module_list)
     kinds = [_signature(block) for block in blocks]
     probed: dict[int, dict[str, str]] = {kinds.index(kind): {} for kind in dict.fromkeys(kinds)}
-    output_length = _probe(model, blocks, probed)
+    output_length = _probe(model, blocks, probed, run)
     sites = [
         _site(f"{blocks_name}.{index}", index, local, linear, probed[kinds.index(kinds[index])])
         for index, block in enumerate(blocks)
@@ -152,7 +176,10 @@ def _site(block: str, index: int, local: str, linear: nn.Linear, readers: dict[s
 
 
 def _probe(
-    model: nn.Module, blocks: tuple[nn.Module, ...], probed: dict[int, dict[str, str]]
+    model: nn.Module,
+    blocks: tuple[nn.Module, ...],
+    probed: dict[int, dict[str, str]],
+    run: Callable[[], Any],
 ) -> int:
     """Run the blocks in `probed`, filling layer -> first reader of its input; output length."""
     output_length = 0
@@ -172,9 +199,8 @@ def _probe(
             raise ForwardStoppedError
         return like_output(hidden, output_length)
 
-    tokens = torch.arange(_PROBE_TOKENS, device=device_of(model))[None]
     with stand_ins(model), _experts_one_by_one(model):
-        forward_until_stopped(model, blocks, tokens, handler)
+        run_until_stopped(run, blocks, handler)
     return output_length
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from convex_caldera.errors import ModelError, NumericalError
-from convex_caldera.models.architectures import auto_class
+from convex_caldera.models.architectures import auto_class, reads_images
 from convex_caldera.models.checkpoint import Checkpoint
+from convex_caldera.models.image_parts import ImageParts, Module, find_image_parts, of_modules
 from convex_caldera.models.meta import load_config, meta_model
 from convex_caldera.models.names import map_names, needs_conversion
 from convex_caldera.models.parameters import Slot, answer_to, slots
@@ -66,11 +68,48 @@ class Skeleton:
     @cached_property
     def structure(self) -> Structure:
         """Decoder blocks, linear layers and shared inputs, under their names in the checkpoint."""
-        return self._named_as_stored(find_structure(self.model))
+        found = find_structure(self.model)
+        if reads_images(self.model.config):  # asked before the model answers to other names
+            self._decoder = self.model.get_decoder()  # type: ignore[operator]
+        return self._named_as_stored(found)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.structure.sites
+
+    @cached_property
+    def image_parts(self) -> ImageParts:
+        """Tower and projector under their names in the checkpoint; ModelError if there are none."""
+        if not reads_images(self.model.config):
+            raise ModelError(
+                f"{type(self.model).__name__} reads no images: it has no tower and no projector; "
+                "leave out --modules"
+            )
+        blocks = len(self.structure.blocks)
+        found = find_image_parts(self.model, self._decoder, blocks)
+        stored = {site.name: self._stored_layer(site.name) for site in found}
+        self._own_names = {name: own for own, name in stored.items()}
+        self._sources |= {
+            f"{name}.weight": self._sources[f"{own}.weight"] for own, name in stored.items()
+        }
+
+        def renamed(site: Site) -> Site:
+            return replace(site, name=stored[site.name], input_site=stored[site.input_site])
+
+        return ImageParts(tuple(map(renamed, found.tower)), tuple(map(renamed, found.projector)))
+
+    def sites_of(self, modules: Collection[Module]) -> tuple[Site, ...]:
+        """The layers of some parts of the model: language model, vision tower, projector.
+
+        Raises:
+            ModelError: tower or projector of a model that has none.
+        """
+        only_text = set(modules) <= {"language"}
+        return of_modules(self.sites, None if only_text else self.image_parts, modules)
+
+    def image_linear(self, site: Site) -> nn.Module:
+        """The torch layer of a site of tower or projector."""
+        return self.model.get_submodule(self._own_names[site.name])
 
     @property
     def tied_head(self) -> bool:
@@ -150,6 +189,13 @@ class Skeleton:
             self._sources = {slot.name: sources[slot.name] for slot in slots(self.model)}
             buffers = dict(self.model.named_buffers())
             self._buffer_sources = {name: name for name in self._converted if name in buffers}
+
+    def _stored_layer(self, own: str) -> str:
+        """The layer's name in the checkpoint."""
+        stored = self.names.get(f"{own}.weight", "")
+        if self.whole_model or not stored.endswith(".weight"):
+            return own
+        return stored.removesuffix(".weight")
 
     def _named_as_stored(self, structure: Structure) -> Structure:
         """Names as in the checkpoint, where the module list has another place there.

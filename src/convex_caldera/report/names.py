@@ -4,6 +4,10 @@ model.layers.12.mlp.down_proj           -> block 12, "mlp.down_proj"
 transformer.h.3.attn.c_attn             -> block 3,  "attn.c_attn"
 model.layers.4.mlp.experts.17.up_proj   -> block 4,  "mlp.experts.*.up_proj"
 lm_head                                 -> no block, "lm_head"
+vision_tower.encoder.layers.3.mlp.fc1   -> block 3,  "tower.mlp.fc1"
+
+Blocks of a vision tower are counted like those of the language model beside it; the kind tells them
+apart.
 """
 
 from __future__ import annotations
@@ -11,6 +15,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+# How the modules of vision towers are called.
+TOWERS = frozenset({"vision_tower", "vision_model", "visual"})
 
 
 @dataclass(frozen=True, order=True)
@@ -28,8 +35,9 @@ def place_of(name: str) -> Place:
     if not numbers or numbers[0] == len(parts) - 1:
         return Place(None, name)
     first = numbers[0]
+    tower = ["tower"] if any(part in TOWERS for part in parts[:first]) else []
     rest = ["*" if part.isascii() and part.isdigit() else part for part in parts[first + 1 :]]
-    return Place(int(parts[first][:9]), ".".join(rest))
+    return Place(int(parts[first][:9]), ".".join(tower + rest))
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

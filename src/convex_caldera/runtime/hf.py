@@ -71,7 +71,8 @@ class ConvexCalderaQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or ()]
         specs = specs_of_files(files)
         embeddings = embedding_layers(model, specs)
-        replace_linears(model, {n: spec for n, spec in specs.items() if n not in embeddings})
+        linears = {n: spec for n, spec in specs.items() if n not in embeddings}
+        leave_children_alone(model, replace_linears(model, linears))
         self._late = late_tensors(model, files, embeddings)
         expect(model, self._late)
         return model
@@ -114,6 +115,18 @@ class ConvexCalderaQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def leave_children_alone(model: Any, replaced: Iterable[str]) -> None:
+    """Keep transformers from initializing compressed layers by way of their parents.
+
+    Some models (SigLIP) set the weights of a module's linear children, which compressed layers have
+    not. A parent with parameters of its own is left as it is.
+    """
+    for name in replaced:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not parent._parameters:
+            parent._is_hf_initialized = True
 
 
 def apply_activations(model: Any, text: str | None) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 from convex_caldera.calibrate.saved import INDEX
 from convex_caldera.calibrate.saved_curvature import CURVATURE_INDEX
 from convex_caldera.errors import RecipeError, ResumeError
+from convex_caldera.models.image_parts import parse_modules
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
 from convex_caldera.workflow.curvatures import gather
+from convex_caldera.workflow.gathering import images_for
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.planning import chosen_sites
 from convex_caldera.workflow.progress import Progress, Silent
@@ -41,8 +43,9 @@ def calibrate_to(
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
     tokens = calibration_tokens(settings, skeleton)
-    sites = chosen_sites(skeleton.sites, settings.ignore)
-    curvatures = gather(kind, skeleton, sites, tokens, out, settings.seed, progress)
+    sites = chosen_sites(skeleton.sites_of(parse_modules(settings.modules)), settings.ignore)
+    images = images_for(settings, kind, skeleton, sites)
+    curvatures = gather(kind, skeleton, sites, tokens, out, settings.seed, progress, images=images)
     return {
         "output": str(out),
         "curvature": kind,

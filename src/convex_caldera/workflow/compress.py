@@ -19,6 +19,7 @@ import torch
 
 from convex_caldera.calibrate.text import token_windows
 from convex_caldera.errors import InterruptedRunError, RecipeError
+from convex_caldera.models.image_parts import parse_modules
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -30,10 +31,11 @@ from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import allocate_convex
 from convex_caldera.workflow.compression import Compression
-from convex_caldera.workflow.curvatures import GRADIENT_KINDS, gather
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.decoders import with_decoders
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, Task, fit_missing
+from convex_caldera.workflow.gathering import curvatures_of, images_for
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.menu_allocating import allocate_menu
 from convex_caldera.workflow.models import usable_device
@@ -162,7 +164,7 @@ def prepare(settings: Settings) -> Job:
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
     source = SourceModel(path)
-    sites = chosen_sites(skeleton.sites, settings.ignore)
+    sites = chosen_sites(skeleton.sites_of(parse_modules(settings.modules)), settings.ignore)
     budget = budget_of(settings, source, sites)
     check_ties(settings, sites)
     uniform_plan(sites, method, settings, budget)  # raises if infeasible, before any work
@@ -172,6 +174,10 @@ def prepare(settings: Settings) -> Job:
             f"leave out {settings.targets} targets"
         )
     job = Job(settings, method, skeleton, source, sites, budget, None)
+    if job.diag_hessians is not None:
+        check_diagonals(job)
+        return job
+    images = images_for(settings, job.curvature, skeleton, sites)
     if job.curvature == "none":
         if settings.targets != "original":
             raise RecipeError(
@@ -180,7 +186,15 @@ def prepare(settings: Settings) -> Job:
             )
         return job
     tokens = calibration_tokens(settings, skeleton)
-    return Job(settings, method, skeleton, source, sites, budget, tokens)
+    return Job(settings, method, skeleton, source, sites, budget, tokens, images)
+
+
+def check_diagonals(job: Job) -> None:
+    """Raises RecipeError for a file of diagonals that is not there or would not be looked at."""
+    if job.diag_hessians is not None and not job.diag_hessians.is_file():
+        raise RecipeError(f"--diag-hessians {job.diag_hessians}: no such file")
+    if job.method.curvature == "none":
+        raise RecipeError(f"{job.method.name} sees no data; leave out --diag-hessians")
 
 
 def calibration_tokens(settings: Settings, skeleton: Skeleton) -> torch.Tensor:
@@ -223,16 +237,7 @@ def fit_all(
 
     the curvature for the report. `statistics` is where the calibration is kept.
     """
-    curvatures = gather(
-        job.curvature,
-        job.skeleton,
-        job.sites,
-        job.tokens,
-        statistics,
-        job.settings.seed,
-        progress,
-        job.gradient_options,
-    )
+    curvatures = curvatures_of(job, statistics, progress)
     fitter = Fitter(job.skeleton, curvatures, job.settings.seed)
     compression = Compression(job, fitter, run, progress, workers)
     certificate = None

@@ -6,6 +6,10 @@
                 losses are then predicted nats of KL per token
     guided      the input covariance weighted by squared gradients, of each group of output
                 channels on its own; memory and unit as for kronecker
+    diagonal    H = diag(d) from a file of diagonal Hessians (`workflow.diagonals`)
+
+What the vision tower and the projector of a model read comes from images, by `input` alone: the
+loss on text does not reach them.
 
 Those of data are gathered once, kept where a resumed run finds them, and asked for layer by layer.
 """
@@ -25,6 +29,7 @@ from convex_caldera.calibrate.collect import collect
 from convex_caldera.calibrate.curvature import Curvature, sequence_curvature, sequence_fisher
 from convex_caldera.calibrate.curvature_guided import GuidedCurvature, guided_curvature
 from convex_caldera.calibrate.curvature_shrinkage import Shrinkage, choose_shrinkage, shrunk
+from convex_caldera.calibrate.images import collect_images
 from convex_caldera.calibrate.saved import (
     INDEX,
     Provenance,
@@ -45,6 +50,7 @@ from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.workflow.images import ImageSet
 from convex_caldera.workflow.progress import Progress
 
 # Share of the sequences that no curvature sees; predictions are scaled to what they say.
@@ -52,7 +58,7 @@ HELD_OUT = 1 / 3
 # Held-out sequences that shrinkage is searched on.
 SEARCHED = 16
 
-CurvatureKind = Literal["none", "input", "kronecker", "guided"]
+CurvatureKind = Literal["none", "input", "kronecker", "guided", "diagonal"]
 GRADIENT_KINDS: tuple[CurvatureKind, ...] = ("kronecker", "guided")
 LayerCurvature = Curvature | GuidedCurvature
 
@@ -222,6 +228,7 @@ def gather(
     seed: int,
     progress: Progress,
     options: GradientOptions | None = None,
+    images: ImageSet | None = None,
 ) -> Curvatures:
     """Run the calibration that the method asks for.
 
@@ -229,6 +236,7 @@ def gather(
         kind: see above; without tokens only "none" is possible.
         folder: where they are kept for a resumed run, or were saved by `calibrate`.
         options: of curvature from gradients.
+        images: of layers that text does not reach, if any is among the sites.
 
     Raises:
         NumericalError, DataError, InterruptedRunError: as `calibrate`; a layer's gradients
@@ -239,7 +247,8 @@ def gather(
     if kind == "none" or tokens is None:
         return NoCurvature()
     if kind == "input":
-        return InputCurvatures(_input_statistics(skeleton, tokens, folder, progress))
+        saved = _input_statistics(skeleton, sites, tokens, images, folder, progress)
+        return InputCurvatures(saved)
     options = options or GradientOptions()
     model = load_original(skeleton.path, skeleton.dtype, str(skeleton.device))
     _check_finite(model)
@@ -259,7 +268,7 @@ def gather(
     fallbacks = _vanishing(curvatures, options)
     inputs: dict[str, Tensor] = {}
     if fallbacks or options.shrinkage is None:
-        saved = _input_statistics(skeleton, tokens, folder, progress)
+        saved = _input_statistics(skeleton, sites, tokens, None, folder, progress)
         inputs = {s.name: saved[s.block][s.input_site].second_moment() for s in sites}
     shrinkage = options.shrinkage
     if shrinkage is None:
@@ -349,16 +358,29 @@ def _check_finite(model: Any) -> None:
 
 
 def _input_statistics(
-    skeleton: Skeleton, tokens: Tensor, folder: Path, progress: Progress
+    skeleton: Skeleton,
+    sites: Sequence[Site],
+    tokens: Tensor,
+    images: ImageSet | None,
+    folder: Path,
+    progress: Progress,
 ) -> SavedStatistics:
-    """Statistics of all blocks in `folder`, those that are there already not collected again."""
+    """Statistics of the sites' blocks in `folder`; what is there already is not collected again."""
     dtype = str(skeleton.dtype).split(".")[-1]
-    provenance = Provenance(skeleton.checkpoint.fingerprint, fingerprint(tokens), dtype)
+    seen = fingerprint(tokens) if images is None else f"{fingerprint(tokens)}+{images.fingerprint}"
+    provenance = Provenance(skeleton.checkpoint.fingerprint, seen, dtype)
     known = set(load_statistics(folder, provenance)) if (folder / INDEX).is_file() else set()
-    missing = set(range(len(skeleton.structure.blocks))) - known
-    if missing:
-        progress.start("calibrate", len(missing))
-        for block in collect(skeleton, tokens, only=missing):
+    missing = {site.block for site in sites} - known
+    by_text = missing & set(range(len(skeleton.structure.blocks)))
+    if by_text:
+        progress.start("calibrate", len(by_text))
+        for block in collect(skeleton, tokens, only=by_text):
             save_statistics(folder, block.index, block.inputs, provenance)
             progress.advance(block.name)
+    by_images = missing - by_text
+    if by_images and images is not None:
+        progress.start("images", len(images))
+        found = collect_images(skeleton, images, by_images, progress.advance)
+        for index, inputs in found.items():
+            save_statistics(folder, index, inputs, provenance)
     return load_statistics(folder, provenance)

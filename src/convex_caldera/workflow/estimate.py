@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convex_caldera.evaluate.table import plain_table
+from convex_caldera.models.image_parts import parse_modules
 from convex_caldera.models.resolve import resolve_model
+from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.recipes.guided import group_count
 from convex_caldera.recipes.table import method as method_named
@@ -103,7 +106,8 @@ def estimate(settings: Settings) -> Estimate:
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings))
     source = SourceModel(path)
-    sites = chosen_sites(skeleton.sites, settings.ignore)
+    parts = skeleton.sites_of(parse_modules(settings.modules))
+    sites = chosen_sites(parts, settings.ignore)
     plan = uniform_plan(
         sites, method_named(settings.method), settings, budget_of(settings, source, sites)
     )
@@ -113,44 +117,60 @@ def estimate(settings: Settings) -> Estimate:
         rest_file_bytes(source, [site.name for site in sites]),
         source.checkpoint.stored_bytes,
         sum(math.prod(shape) for shape in source.checkpoint.shapes().values()),
-        _memory(settings, skeleton),
+        _memory(settings, skeleton, parts),
         skeleton.whole_model,
-        _calibration_bytes(settings, skeleton),
+        _calibration_bytes(settings, parts),
     )
 
 
-def _calibration_bytes(settings: Settings, skeleton: Skeleton) -> int:
+def _calibration_bytes(settings: Settings, sites: Sequence[Site]) -> int:
     """Bytes of the statistics that wait on disk: triangles, float32 of inputs, else float64."""
     kind = _kind(settings)
     if kind == "input":
-        widths = {site.input_site: site.shape[1] for site in skeleton.sites}
+        widths = {site.input_site: site.shape[1] for site in sites}
         return sum(2 * n * (n + 1) + 4 * n for n in widths.values())
     if kind == "kronecker":
-        shapes = [site.shape for site in skeleton.sites]
+        shapes = [site.shape for site in sites]
         return sum(4 * (m * (m + 1) + n * (n + 1)) for m, n in shapes)
     if kind == "guided":
-        shapes = [site.shape for site in skeleton.sites]
+        shapes = [site.shape for site in sites]
         return sum(4 * group_count((m, n)) * n * (n + 1) for m, n in shapes)
+    if kind == "diagonal":
+        return sum(8 * site.shape[1] for site in sites)
     return 0
 
 
 def _kind(settings: Settings) -> str:
+    if settings.diag_hessians is not None:
+        return "diagonal"
     own = method_named(settings.method).curvature
     return own if settings.curvature == "auto" else settings.curvature
 
 
-def _memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:
+def _memory(settings: Settings, skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, int]:
     """Bytes at the peak, by what takes them; each layer is fitted with a few copies of itself."""
     kind = _kind(settings)
-    largest = max((s.shape[0] * s.shape[1] for s in skeleton.sites), default=0)
-    widest = max((max(s.shape) for s in skeleton.sites), default=0)
+    largest = max((s.shape[0] * s.shape[1] for s in sites), default=0)
+    widest = max((max(s.shape) for s in sites), default=0)
     return {
         "libraries": LIBRARIES_BYTES,
+        **(_image_memory(skeleton, sites) if kind == "input" else {}),
         **(_gradient_memory(settings, skeleton) if kind in GRADIENT_KINDS else {}),
         **(_input_memory(settings, skeleton) if kind == "input" else {}),
         **(_drift_memory(settings, skeleton) if settings.targets == "drift-corrected" else {}),
         "layers being fitted": WORKERS * (FIT_COPIES * 4 * largest + 4 * 8 * widest * widest),
     }
+
+
+def _image_memory(skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, int]:
+    """Tower and projector whole, with float64 moments of all their inputs at once, if chosen."""
+    beyond = [site for site in sites if site.block >= len(skeleton.structure.blocks)]
+    if not beyond:
+        return {}
+    weights = sum(site.shape[0] * site.shape[1] for site in skeleton.image_parts)
+    widths = {site.input_site: site.shape[1] for site in beyond}
+    moments = 8 * sum(n * n for n in widths.values())
+    return {"tower and projector": skeleton.dtype.itemsize * weights + moments}
 
 
 def _input_memory(settings: Settings, skeleton: Skeleton) -> dict[str, int]:

@@ -75,7 +75,10 @@ def command_line(settings: dict[str, Any]) -> str:
 
 
 def _calibration_sentence(job: Job) -> str:
+    if job.diag_hessians is not None:
+        return f"Diagonal Hessians of {job.diag_hessians.name}."
     if job.tokens is None:
         return "No calibration data: the method needs none."
     dataset = job.settings.published()["dataset"]
-    return f"{job.tokens.numel()} tokens of {dataset} in windows of {job.tokens.shape[1]}."
+    text = f"{job.tokens.numel()} tokens of {dataset} in windows of {job.tokens.shape[1]}"
+    return f"{text}." if job.images is None else f"{text}; {len(job.images)} images."

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from convex_caldera.calibrate.curvature_shrinkage import Shrinkage
 from convex_caldera.calibrate.text import fingerprint
+from convex_caldera.models.checkpoint import hash_file
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.recipes.ladder import Method
 from convex_caldera.recipes.records import canonical_json
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.workflow.curvatures import CurvatureKind, GradientOptions
+from convex_caldera.workflow.images import ImageSet
 from convex_caldera.workflow.planning import Budget
-from convex_caldera.workflow.settings import Settings, parse_shrinkage
+from convex_caldera.workflow.settings import PATHS, Settings, parse_shrinkage
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,19 @@ class Job:
     sites: tuple[Site, ...]
     budget: Budget
     tokens: Tensor | None
+    images: ImageSet | None = None
+
+    @property
+    def diag_hessians(self) -> Path | None:
+        """File of the diagonals that layers are fitted under, if that is what the user chose."""
+        file = self.settings.diag_hessians
+        return None if file is None else Path(file)
 
     @property
     def curvature(self) -> CurvatureKind:
         """The method's own kind unless the user chose another."""
+        if self.diag_hessians is not None:
+            return "diagonal"
         chosen = self.settings.curvature
         return self.method.curvature if chosen == "auto" else chosen
 
@@ -45,9 +57,16 @@ class Job:
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on; a partial run with another one is refused."""
-        settings = self.settings.model_dump(exclude={"model", "dataset"})
+        settings = self.settings.model_dump(exclude=set(PATHS))
         return {
             "model": self.skeleton.checkpoint.fingerprint,
-            "text": "none" if self.tokens is None else fingerprint(self.tokens),
+            "text": self._data_fingerprint(),
             "recipe": canonical_json(settings),
         }
+
+    def _data_fingerprint(self) -> str:
+        """What was calibrated on: text, images too, or a file of diagonals."""
+        if self.diag_hessians is not None:
+            return f"diagonals {hash_file(self.diag_hessians)}"
+        text = "none" if self.tokens is None else fingerprint(self.tokens)
+        return text if self.images is None else f"{text}+{self.images.fingerprint}"

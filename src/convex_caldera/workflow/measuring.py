@@ -18,8 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from convex_caldera.calibrate.text import read_text
-from convex_caldera.errors import ModelError
+from convex_caldera.errors import ModelError, RecipeError
 from convex_caldera.evaluate.table import plain_table
+from convex_caldera.models.architectures import reads_images
 from convex_caldera.models.original import load_original
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
@@ -127,6 +128,9 @@ def measure_directory(
 def _sites(container: Container, skeleton: Skeleton) -> list[Site]:
     sites = [site for site in skeleton.sites if site.name in container.layers]
     missing = sorted(set(container.layers) - {site.name for site in sites})
+    unseen = sorted(set(missing) & _image_layers(skeleton))
+    if unseen:
+        raise RecipeError(f"{unseen[0]} reads images; `measure` reads text, which it does not see")
     if missing:
         raise ModelError(f"{missing[0]}: the original has no such layer; give the one compressed")
     for site in sites:
@@ -159,6 +163,13 @@ def _spectra(
         found[site.name] = spectra
         progress.advance(site.name)
     return dict(sorted(found.items()))
+
+
+def _image_layers(skeleton: Skeleton) -> set[str]:
+    """Layers of tower and projector, where there are any."""
+    if not reads_images(skeleton.model.config):
+        return set()
+    return {site.name for site in skeleton.image_parts}
 
 
 def _decoded(container: Container, name: str) -> Callable[[], Tensor]:

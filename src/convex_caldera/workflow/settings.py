@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from convex_caldera.errors import RecipeError
+from convex_caldera.models.image_parts import MODULES, parse_modules
 from convex_caldera.recipes.activations import parse_activations
 
 _UNITS = {
@@ -29,6 +30,10 @@ _UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
+
+
+# Told apart by what they hold, not by where they lie.
+PATHS = frozenset({"model", "dataset", "images", "diag_hessians"})
 
 
 class Settings(BaseModel):
@@ -71,6 +76,9 @@ class Settings(BaseModel):
     curvature_fallback: Literal["none", "input"] = "none"
     shrinkage: str = "none"
     targets: Literal["original", "drift-corrected"] = "original"
+    modules: str = "language"
+    images: str | None = None
+    diag_hessians: str | None = None
     tie: tuple[str, ...] = ()
     bits_menu: str | None = None
     rank_menu: str | None = None
@@ -85,6 +93,8 @@ class Settings(BaseModel):
         if self.ratio is not None:
             parse_ratio(self.ratio)
         parse_shrinkage(self.shrinkage)
+        if self.diag_hessians is not None:
+            self._alone("diag_hessians", ("curvature", "images", "targets", "shrinkage"))
         for menu in (self.bits_menu, self.rank_menu):
             if menu is not None:
                 parse_menu(menu)
@@ -93,6 +103,18 @@ class Settings(BaseModel):
         if self.rank_menu is not None and any(r % 1 for r in parse_menu(self.rank_menu)):
             raise ValueError(f"rank_menu {self.rank_menu!r} holds a number that is no rank")
         return self
+
+    def _alone(self, key: str, others: tuple[str, ...]) -> None:
+        """Raise ValueError if one of the others is given too, which the first one would ignore."""
+        for other in others:
+            if getattr(self, other) != type(self).model_fields[other].default:
+                raise ValueError(f"{key} and {other} exclude each other")
+
+    @field_validator("modules")
+    @classmethod
+    def _ordered(cls, text: str) -> str:
+        wanted = parse_modules(text)
+        return ",".join(module for module in MODULES if module in wanted)
 
     @field_validator("activations")
     @classmethod
@@ -107,7 +129,7 @@ class Settings(BaseModel):
     def published(self) -> dict[str, Any]:
         """The settings as written into an output: no absolute paths, no defaults hidden."""
         record = self.model_dump(exclude_none=True)
-        for key in ("model", "dataset"):
+        for key in PATHS & set(record):
             record[key] = Path(record[key]).name if Path(record[key]).is_absolute() else record[key]
         return record
 

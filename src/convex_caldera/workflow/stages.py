@@ -32,10 +32,11 @@ from convex_caldera.storage.partial import PARTIAL, PartialRun
 from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.calibrating import calibrate_to
 from convex_caldera.workflow.compress import prepare
-from convex_caldera.workflow.curvatures import Curvatures, gather
+from convex_caldera.workflow.curvatures import Curvatures
 from convex_caldera.workflow.evaluating import evaluate_models
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.gathering import curvatures_of
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan, uniform_plan
 from convex_caldera.workflow.precision import code_bits, precision_label
@@ -304,15 +305,7 @@ class Stages:
                 f"{self._statistics} is missing: {job.method.name} sees data; set "
                 "enable_profiling = true"
             )
-        return gather(
-            job.curvature,
-            job.skeleton,
-            job.sites,
-            job.tokens,
-            self._statistics,
-            job.settings.seed,
-            progress,
-        )
+        return curvatures_of(job, self._statistics, progress)
 
     def _merge(self, job: Job, sites: Sequence[Site], folder: Path, run: PartialRun) -> None:
         """Copy the layers of a chunk that are not there yet."""
