@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.forgeries import CLAIMS, DATA, forge
+from benchmarks.forgeries import Honest, forge
+from benchmarks.forging.claims import CLAIMS
+from benchmarks.forging.contents import CONTENTS
 from convex_caldera.certify import verify
 from convex_caldera.errors import RecipeError
 from tests.certify.making import make
 
-KINDS = len(CLAIMS + DATA)
+KINDS = len(CLAIMS + CONTENTS)
 
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
     made = [make(tmp_path_factory.mktemp("made") / "x", s, tied=bool(s % 2)) for s in range(2)]
-    return [(one.output, one.model, one.hessians) for one in made]
+    return [Honest(one.output, one.model, one.hessians) for one in made]
 
 
 def test_honest_outputs_are_accepted(honest):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.forgeries import write_manifest
+from benchmarks.forging.forger import write_manifest
 from convex_caldera.certify import verify
 from convex_caldera.certify.strict import parse
 from convex_caldera.errors import FormatError
