@@ -23,17 +23,11 @@ from convex_caldera.quantizers.neural_decoder import (
     quantize_parameters,
     width_for,
 )
+from convex_caldera.quantizers.neural_embedding import embedding_codes, embedding_values
+from convex_caldera.quantizers.neural_encoder import make_encoder
+from convex_caldera.quantizers.neural_patches import joined, patches_of, unpatched
 from convex_caldera.quantizers.neural_start import cosine_basis, linear_decoder
-from convex_caldera.quantizers.neural_training import (
-    Training,
-    embedding_codes,
-    embedding_values,
-    joined,
-    make_encoder,
-    patches_of,
-    train,
-    unpatched,
-)
+from convex_caldera.quantizers.neural_training import Training, train
 from convex_caldera.recipes.records import from_record, to_record
 from convex_caldera.storage.shard import NAMES
 
@@ -140,7 +134,7 @@ def test_training_lowers_the_error_and_repeats_itself() -> None:
     V = torch.sin(torch.arange(16.0) / 3).outer(torch.cos(torch.arange(16.0) / 2))
     patches = patches_of(V, 8)
     shape = DecoderShape(8, 2, (4,), (4,), 12, (1, 3), 4)
-    options = Training(6, 6, 4, 25, 1e-2, 1, 4)
+    options = Training(6, 6, 4, 25, 1e-2, 1)
     seen: list[tuple[int, int, float]] = []
     decoder, encoder = train(patches, shape, options, lambda *step: seen.append(step))
     again, _ = train(patches, shape, options)

@@ -11,7 +11,8 @@ import torch
 import convex_caldera
 from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers import Neural
-from convex_caldera.quantizers.neural_training import patches_of, train
+from convex_caldera.quantizers.neural_patches import patches_of
+from convex_caldera.quantizers.neural_training import train
 from convex_caldera.runtime.linear import CompressedLinear
 from convex_caldera.runtime.replace import homes_of
 from convex_caldera.storage.read import open_container

@@ -29,15 +29,10 @@ from convex_caldera.quantizers.double_scale import INNER
 from convex_caldera.quantizers.groups import check_finite, check_matrix, checked_tensor
 from convex_caldera.quantizers.kmeans import floored
 from convex_caldera.quantizers.neural_decoder import Decoder, DecoderShape
-from convex_caldera.quantizers.neural_training import (
-    Encoder,
-    Training,
-    embed,
-    embedding_values,
-    patches_of,
-    train,
-    unpatched,
-)
+from convex_caldera.quantizers.neural_embedding import embed, embedding_values
+from convex_caldera.quantizers.neural_encoder import Encoder
+from convex_caldera.quantizers.neural_patches import patches_of, unpatched
+from convex_caldera.quantizers.neural_training import Training, train
 
 WHOLE = 1 << 30  # columns that one call of `encode` consumes: all of them
 LARGEST = 1.5  # values beyond which a matrix was not divided by its scales
@@ -107,9 +102,13 @@ class Neural:
     @property
     def training(self) -> Training:
         return Training(
-            self.decoder_bits, self.embed_bits, self.encoder_width, self.epochs, self.rate,
-            self.seed, self.refinements,
-        )  # fmt: skip
+            self.decoder_bits,
+            self.embed_bits,
+            self.encoder_width,
+            self.epochs,
+            self.rate,
+            self.seed,
+        )
 
     @property
     def block(self) -> int:
@@ -230,7 +229,8 @@ class FittedNeural:
         self._check_whole(tuple(x.shape) == self.shape, start)
         check_finite(x, "the matrix to encode")
         patches = patches_of(x.float().cpu(), self.quantizer.patch, self.importance)
-        codes = embed(patches, self.decoder, self.encoder, self.quantizer.training)
+        core = self.quantizer
+        codes = embed(patches, self.decoder, self.encoder, core.embed_bits, core.refinements)
         return codes.flatten(1).to(x.device)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:

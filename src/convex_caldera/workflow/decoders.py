@@ -25,15 +25,10 @@ from convex_caldera.quantizers.double_scale import DoubleScale
 from convex_caldera.quantizers.kmeans import floored
 from convex_caldera.quantizers.neural import Neural, TrainedNeural
 from convex_caldera.quantizers.neural_decoder import Decoder
+from convex_caldera.quantizers.neural_encoder import Encoder, make_encoder
+from convex_caldera.quantizers.neural_patches import Patches, joined, patches_of
 from convex_caldera.quantizers.neural_start import cosine_basis
-from convex_caldera.quantizers.neural_training import (
-    Encoder,
-    Patches,
-    joined,
-    make_encoder,
-    patches_of,
-    train,
-)
+from convex_caldera.quantizers.neural_training import train
 from convex_caldera.recipes.autoencoder import core_of, parse_options, with_recipe_core
 from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.fitting import Fitter, side_by_side
