@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from convex_caldera.certify.embeddings import uses_of
 from convex_caldera.certify.knapsack import (
     Curves,
     check_bound,
@@ -104,6 +105,7 @@ def check_report(output: Output) -> str:
         if record.get("bits") != 8 * layer.payload_bytes / weights:
             raise CheckError(f"{short(name)}: bits {short(record.get('bits'))} are not its bytes")
     curvature_of(output)
+    uses_of(output)
     ranks = sorted({layer.spec.rank for layer in output.layers.values()})
     return f"{len(records)} layers, ranks {ranks[0]} to {ranks[-1]}"
 

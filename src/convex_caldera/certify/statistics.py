@@ -13,13 +13,14 @@ Curvature of the model's own loss is kept by layer:
                               diagonal: <layer>.diagonal: (n,), of a file of diagonal Hessians
                               all float64
 
-Both may lie in one folder.
+Both may lie in one folder. Inside it, the folder `embeddings` holds second moments of what output
+heads read, in the form of calibration.json, under the names of the heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from convex_caldera.errors import FormatError
 Floats = NDArray[np.float64]
 INDEX = "calibration.json"
 CURVATURE = "curvature.json"
+HEADS = "embeddings"
 BY_LAYER = ("kronecker", "guided", "diagonal")
 ROW_UNIT = 16  # groups of rows begin at multiples of it
 SCHEMA = 1
@@ -63,12 +65,15 @@ class Sides:
 class Statistics:
     """Saved curvature of a model. `kind` is "input" or one of BY_LAYER, as in certificates.
 
-    `sides` takes (layer, input site, rows).
+    `sides` takes (layer, input site, rows), `known` says whether there are any for (layer, input
+    site), and `heads` are statistics of output heads, where there are any.
     """
 
     kind: str
     provenance: Mapping[str, Any]
     sides: Callable[[str, str, int], Sides]
+    known: Callable[[str, str], bool] = lambda layer, site: True
+    heads: Statistics | None = None
 
 
 def read_statistics(directory: Path, kind: str = "input") -> Statistics:
@@ -82,6 +87,8 @@ def read_statistics(directory: Path, kind: str = "input") -> Statistics:
     found = reader(directory)
     if found.kind != kind:
         raise FormatError(f"{name}: losses are under {short(kind)} curvature, not {found.kind}")
+    if kind != "diagonal" and (directory / HEADS / INDEX).is_file():
+        return replace(found, heads=_read_inputs(directory / HEADS))
     return found
 
 
@@ -117,7 +124,7 @@ def _read_inputs(directory: Path) -> Statistics:
             raise FormatError(f"{where}: inputs must be an object")
         shard = _hashed_shard(directory, entry["file"], entry["sha256"], where)
         shards.update(dict.fromkeys(entry["inputs"], shard))
-    return Statistics("input", provenance, _Inputs(shards))
+    return Statistics("input", provenance, _Inputs(shards), lambda layer, site: site in shards)
 
 
 def _read_curvature(directory: Path) -> Statistics:
@@ -148,7 +155,7 @@ def _read_curvature(directory: Path) -> Statistics:
             return Sides(_diagonal(shard, f"{layer}.diagonal"))
         return _by_rows(shard, layer, rows)
 
-    return Statistics(kind, provenance, sides)
+    return Statistics(kind, provenance, sides, lambda layer, site: layer in layers)
 
 
 def _by_rows(shard: Shard, layer: str, rows: int) -> Sides:

@@ -1,9 +1,10 @@
 """Claims about every layer under the calibration statistics: its weighted error and its program.
 
-Two kinds of layers are set aside, and counted in what is said. The values of a layer that was
+Three kinds of layers are set aside, and counted in what is said. The values of a layer that was
 fine-tuned are no longer those whose error is claimed. A layer whose gradients vanished, so that
 its curvature is zero, was rounded under its inputs' second moment instead; the report names it,
-and it is believed only where the saved curvature is in fact zero.
+and it is believed only where the saved curvature is in fact zero. An output head whose statistics
+were not saved has no weighted error that could be recomputed (`embeddings`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from convex_caldera.certify import plan_claims
+from convex_caldera.certify.embeddings import sides_of, unseen_heads
 from convex_caldera.certify.layer_programs import check_layer_program
 from convex_caldera.certify.losses import check_loss, recompute
 from convex_caldera.certify.reader import Layer, Output
@@ -35,8 +37,12 @@ def check_statistics(output: Output, source: Source, statistics: Statistics) -> 
     """The statistics are those of the model."""
     if statistics.provenance["model"] != source.fingerprint():
         raise CheckError("the statistics were collected on another model")
+    heads = statistics.heads
+    if heads is not None and heads.provenance["model"] != statistics.provenance["model"]:
+        raise CheckError("the statistics of the output head were collected on another model")
     for name in fallbacks(output):
-        if _sides(output, statistics, name).H.any():
+        sides = sides_of(output, statistics, name)
+        if sides is None or sides.H.any():
             raise CheckError(f"{short(name)} has a curvature, though the report says it has none")
     return f"{statistics.kind} curvature"
 
@@ -54,10 +60,11 @@ def check_losses(output: Output, source: Source, statistics: Statistics) -> str:
     """Weighted errors of all layers from their codes, and their distance from waterfilling."""
     total = worst = 0.0
     tuned, without = tuned_layers(output), fallbacks(output)
-    aside = set(tuned) | without
+    unseen = unseen_heads(output, statistics)
+    aside = set(tuned) | without | unseen
     for name in _others(output, aside):
         record = output.report["layers"][name]
-        sides = _sides(output, statistics, name)
+        sides = _known_sides(output, statistics, name)
         W = source.weight(f"{name}.weight")
         found = recompute(output.layers[name], W, sides)
         check_loss(name, found, record)
@@ -70,6 +77,7 @@ def check_losses(output: Output, source: Source, statistics: Statistics) -> str:
     count = f"{len(output.layers) - len(aside)} layers"
     count += f" ({len(tuned)} tuned)" if tuned else ""
     count += f" ({len(without)} without curvature)" if without else ""
+    count += " (the output head not: its statistics were not saved)" if unseen else ""
     return f"{count}, sum {total:.6g}, each within {worst:.1e} relative"
 
 
@@ -78,11 +86,11 @@ def check_programs(output: Output, source: Source, statistics: Statistics) -> st
     certificate = plan_claims.certificate_of(output)
     curves, price = plan_claims.curves_of(output), certificate["plan"]["price"]
     gaps, ranks = [], []
-    for name in _others(output, fallbacks(output)):
+    for name in _others(output, fallbacks(output) | unseen_heads(output, statistics)):
         record = certificate["layers"][name]
         distortion = float(curves.menus[name][record["label"]][1])
         paid = price * (record["loss"] / distortion) if distortion > 0 else 0.0
-        H = _sides(output, statistics, name).H
+        H = _known_sides(output, statistics, name).H
         W = source.weight(f"{name}.weight")
         found = check_layer_program(name, record["program"], W, H, record["loss"], paid)
         if found is not None:
@@ -97,6 +105,8 @@ def _others(output: Output, aside: set[str] | frozenset[str]) -> Iterator[str]:
     return (name for name in sorted(output.layers) if name not in aside)
 
 
-def _sides(output: Output, statistics: Statistics, name: str) -> Sides:
-    site = output.report["layers"][name]["input_site"]
-    return statistics.sides(name, site, output.layers[name].spec.shape[0])
+def _known_sides(output: Output, statistics: Statistics, name: str) -> Sides:
+    sides = sides_of(output, statistics, name)
+    if sides is None:
+        raise CheckError(f"the statistics have no {short(name)}")
+    return sides

@@ -88,6 +88,13 @@ Lossless = Annotated[
     bool | None,
     typer.Option("--lossless", help="Code the exponents of what stays in 16 bits, bit-exactly."),
 ]
+Embeddings = Annotated[
+    bool | None,
+    typer.Option(
+        "--embeddings",
+        help="Compress the input embedding and the output head too, as one matrix where tied.",
+    ),
+]
 Coder = Annotated[
     str | None, typer.Option("--coder", help="Entropy coding of the codes: huffman or rans.")
 ]

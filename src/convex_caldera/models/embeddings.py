@@ -8,7 +8,7 @@ two uses: one variable, stored and counted once. Position embeddings are neither
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from convex_caldera.errors import ModelError
 from convex_caldera.models.checkpoint import Checkpoint
-from convex_caldera.models.names import stored_name
+from convex_caldera.models.names import renamed, stored_name
 from convex_caldera.models.sites import Site
 
 Use = Literal["lookup", "head"]
@@ -53,7 +53,7 @@ def find_embeddings(
     """
     found: dict[str, EmbeddingSite] = {}
     for use, own in embedding_modules(model).items():
-        stored = names.get(f"{own}.weight", "")
+        stored = names.get(f"{own}.weight") or _old_name(model, f"{own}.weight", checkpoint)
         if not stored.endswith(".weight"):
             raise ModelError(f"{own} is no tensor of the checkpoint; leave out --embeddings")
         site = found.get(stored)
@@ -64,6 +64,18 @@ def find_embeddings(
         copies = () if again in (None, stored) else (again,)
         found[stored] = replace(site, uses=(*site.uses, use), copies=copies)
     return tuple(found.values())
+
+
+def without_embeddings(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """The linear layers among the sites."""
+    return tuple(site for site in sites if not isinstance(site, EmbeddingSite))
+
+
+def copies_of(sites: Iterable[Site]) -> dict[str, str]:
+    """Tensors of the checkpoint that repeat one of these layers -> the layer."""
+    return {
+        copy: site.name for site in sites if isinstance(site, EmbeddingSite) for copy in site.copies
+    }
 
 
 def embedding_modules(model: Any) -> dict[Use, str]:
@@ -79,6 +91,11 @@ def embedding_modules(model: Any) -> dict[Use, str]:
         for use, module in modules.items()
         if isinstance(module, kinds[use]) and id(module) in names
     }
+
+
+def _old_name(model: nn.Module, own: str, checkpoint: Checkpoint) -> str:
+    """The tensor that transformers gives this name on loading; "" if there is none."""
+    return next((name for name in checkpoint.names if renamed(model, name) == own), "")
 
 
 def _site(model: nn.Module, own: str, stored: str, use: Use) -> EmbeddingSite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,16 @@ def needs_conversion(model: nn.Module, checkpoint: Checkpoint) -> bool:
         for pattern in transform.source_patterns
     ]
     return any(re.search(pattern, name) for pattern in patterns for name in checkpoint.names)
+
+
+def renamed(model: Any, name: str) -> str:
+    """The tensor's name in the model, after the renamings of old checkpoints by transformers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    return rename_source_key(name, renamings, [])[0]
 
 
 def _stored_names(names: list[str], model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from convex_caldera.errors import ModelError, NumericalError
 from convex_caldera.models.architectures import auto_class, reads_images
 from convex_caldera.models.checkpoint import Checkpoint
+from convex_caldera.models.embeddings import EmbeddingSite, find_embeddings
 from convex_caldera.models.image_parts import ImageParts, Module, find_image_parts, of_modules
 from convex_caldera.models.meta import load_config, meta_model
 from convex_caldera.models.names import map_names, needs_conversion
@@ -76,6 +77,20 @@ class Skeleton:
     @property
     def sites(self) -> tuple[Site, ...]:
         return self.structure.sites
+
+    @cached_property
+    def embeddings(self) -> tuple[EmbeddingSite, ...]:
+        """Input embedding and output head, under their names in the checkpoint; one if tied.
+
+        Raises:
+            ModelError: one of them is no tensor of the checkpoint.
+        """
+        found = find_embeddings(self.model, self.names, self.checkpoint)
+        for site in found:
+            self._sources.setdefault(
+                f"{site.name}.weight", self._sources[f"{site.parameter}.weight"]
+            )
+        return found
 
     @cached_property
     def image_parts(self) -> ImageParts:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from convex_caldera.errors import FormatError
 from convex_caldera.models.embeddings import embedding_modules
+from convex_caldera.models.names import renamed
 from convex_caldera.runtime.names import own_name
 from convex_caldera.storage.layers import layer_specs
 from convex_caldera.storage.lossless import SUFFIX, lossless_infos, read_lossless
@@ -33,7 +34,7 @@ class Late:
 
     Attributes:
         values: parameter of the model -> what decodes it.
-        coded: tensors of the files that stand for them.
+        coded: tensors of the files that stand for them, by their old and new names.
         present: parameters that the files hold as they are.
     """
 
@@ -67,7 +68,8 @@ def late_tensors(model: nn.Module, files: Iterable[Path], embeddings: Mapping[st
                 late.values[own] = _lossless(header, info)
         for layer, spec in layer_specs(header).items():
             if layer in embeddings:
-                late.coded.update(f"{layer}.{part}" for part in spec_layout(spec))
+                parts = {f"{layer}.{part}" for part in spec_layout(spec)}
+                late.coded.update(parts, (renamed(model, part) for part in parts))
                 late.values[embeddings[layer]] = _decoded(header, layer, spec)
         plain = (own_name(model, name, expected) for name in header.entries)
         late.present.update(own for own in plain if own is not None)

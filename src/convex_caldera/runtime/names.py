@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
 
 from torch import nn
+
+from convex_caldera.models.names import renamed
 
 
 def own_name(model: nn.Module, stored: str, known: Container[str]) -> str | None:
@@ -17,7 +18,7 @@ def own_name(model: nn.Module, stored: str, known: Container[str]) -> str | None
     for name in _prefixed(model, stored):
         if name in known:
             return name
-    for name in _prefixed(model, _renamed(model, stored)):
+    for name in _prefixed(model, renamed(model, stored)):
         if name in known:
             return name
     return None
@@ -26,12 +27,3 @@ def own_name(model: nn.Module, stored: str, known: Container[str]) -> str | None
 def _prefixed(model: nn.Module, name: str) -> tuple[str, str, str]:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return name, name.removeprefix(prefix), prefix + name
-
-
-def _renamed(model: Any, name: str) -> str:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    return rename_source_key(name, renamings, [])[0]

@@ -8,11 +8,12 @@ from typing import Any
 from convex_caldera.calibrate.saved import INDEX
 from convex_caldera.calibrate.saved_curvature import CURVATURE_INDEX
 from convex_caldera.errors import RecipeError, ResumeError
-from convex_caldera.models.image_parts import parse_modules
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.workflow.choosing import sites_for
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
 from convex_caldera.workflow.curvatures import gather
+from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.gathering import images_for
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.planning import chosen_sites
@@ -43,9 +44,10 @@ def calibrate_to(
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
     tokens = calibration_tokens(settings, skeleton)
-    sites = chosen_sites(skeleton.sites_of(parse_modules(settings.modules)), settings.ignore)
+    sites = chosen_sites(sites_for(skeleton, settings), settings.ignore)
     images = images_for(settings, kind, skeleton, sites)
     curvatures = gather(kind, skeleton, sites, tokens, out, settings.seed, progress, images=images)
+    with_embeddings(curvatures, skeleton, sites, tokens, out, progress)
     return {
         "output": str(out),
         "curvature": kind,

@@ -103,7 +103,7 @@ def _layers(compression: Compression, decision: Decision, unit: DistortionUnit) 
             "rank": record["rank"],
             "loss": record["loss"],
             "relative_loss": record["relative_loss"],
-            "held_out_scale": unit.scale.get(name, 1.0),
+            "held_out_scale": unit.scale_of(name, record),
             "gap_to_waterfilling_bits": None if limit is None else record["bits"] - limit,
             "program": _program(problem, record["loss"], distortion, integer.price, factor_bits),
         }

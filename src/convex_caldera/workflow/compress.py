@@ -19,7 +19,7 @@ import torch
 
 from convex_caldera.calibrate.text import token_windows
 from convex_caldera.errors import InterruptedRunError, RecipeError
-from convex_caldera.models.image_parts import parse_modules
+from convex_caldera.models.embeddings import copies_of
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -30,6 +30,7 @@ from convex_caldera.storage.read import Container
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import allocate_convex
+from convex_caldera.workflow.choosing import sites_for
 from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.decoders import with_decoders
@@ -163,8 +164,8 @@ def prepare(settings: Settings) -> Job:
     method = method_named(settings.method)
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
-    source = SourceModel(path)
-    sites = chosen_sites(skeleton.sites_of(parse_modules(settings.modules)), settings.ignore)
+    sites = chosen_sites(sites_for(skeleton, settings), settings.ignore)
+    source = SourceModel(path, frozenset(copies_of(sites)))
     budget = budget_of(settings, source, sites)
     check_ties(settings, sites)
     uniform_plan(sites, method, settings, budget)  # raises if infeasible, before any work

@@ -47,10 +47,12 @@ from convex_caldera.calibrate.text import fingerprint
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
 from convex_caldera.errors import NumericalError, RecipeError
+from convex_caldera.models.embeddings import without_embeddings
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.images import ImageSet
+from convex_caldera.workflow.perturbation import measured_kl
 from convex_caldera.workflow.progress import Progress
 
 # Share of the sequences that no curvature sees; predictions are scaled to what they say.
@@ -158,7 +160,7 @@ class GradientCurvatures:
     ):
         self._curvatures, self._inputs = curvatures, inputs
         self._model, self._held_out = model, held_out
-        self._tokens = tokens.numel()
+        self._used, self._tokens = tokens, tokens.numel()
         self._shrinkage, self._fallbacks = shrinkage, tuple(fallbacks)
 
     def problem(self, site: Site, W: Tensor) -> Problem:
@@ -197,6 +199,14 @@ class GradientCurvatures:
             self._model, self._held_out, errors, seed=seed + 1, progress=steps_of(progress)
         )
 
+    def measured_kl(self, parameter: str, values: Sequence[Tensor]) -> list[float]:
+        """Nats per token of each of several values of one parameter, by running the model with
+
+        them on sequences held out, or on those used where there are none.
+        """
+        tokens = self._held_out if self.has_held_out else self._used
+        return measured_kl(self._model, tokens, parameter, values)
+
 
 def problem_under(curvature: LayerCurvature, W: Tensor, name: str) -> Problem:
     """The problem of a layer under its curvature."""
@@ -230,7 +240,7 @@ def gather(
     options: GradientOptions | None = None,
     images: ImageSet | None = None,
 ) -> Curvatures:
-    """Run the calibration that the method asks for.
+    """Run the calibration that the method asks for; embeddings among the sites are left out.
 
     Args:
         kind: see above; without tokens only "none" is possible.
@@ -244,6 +254,7 @@ def gather(
         RecipeError: a shrinkage is to be searched, but no sequence is held out.
         ResumeError: the folder holds those of another model, text or setting.
     """
+    sites = without_embeddings(sites)
     if kind == "none" or tokens is None:
         return NoCurvature()
     if kind == "input":

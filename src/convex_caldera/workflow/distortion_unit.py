@@ -9,12 +9,16 @@ from typing import Any, Literal
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.job import Job
 
+# Of a fit's record: its own scale, where it has one (`workflow.embedding_scales`).
+SCALE = "scale"
+
 
 @dataclass(frozen=True)
 class DistortionUnit:
     """Nats of KL per token where the curvature is that of the model's loss, else relative loss.
 
-    Nats are multiplied by a layer's `scale`, 1 if it has none (`workflow.held_out`).
+    Nats are multiplied by a fit's own scale, or its layer's, 1 if it has none
+    (`workflow.held_out`).
     """
 
     name: Literal["nats", "relative"]
@@ -23,8 +27,13 @@ class DistortionUnit:
     def of(self, layer: str, record: Mapping[str, Any]) -> float:
         """The distortion of a fit, from its record."""
         if self.name == "nats":
-            return float(record["loss"]) * self.scale.get(layer, 1.0)
+            return float(record["loss"]) * self.scale_of(layer, record)
         return float(record["relative_loss"])
+
+    def scale_of(self, layer: str, record: Mapping[str, Any]) -> float:
+        """What the loss of a fit is multiplied by."""
+        own: float = record.get(SCALE, self.scale.get(layer, 1.0))
+        return own
 
 
 def unit_of(job: Job) -> DistortionUnit:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convex_caldera.evaluate.table import plain_table
-from convex_caldera.models.image_parts import parse_modules
+from convex_caldera.models.embeddings import EmbeddingSite, copies_of, without_embeddings
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -16,6 +16,7 @@ from convex_caldera.recipes.guided import group_count
 from convex_caldera.recipes.table import method as method_named
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
+from convex_caldera.workflow.choosing import sites_for
 from convex_caldera.workflow.compress import budget_of, computing_dtype
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.planning import Plan, chosen_sites, uniform_plan
@@ -105,9 +106,9 @@ def estimate(settings: Settings) -> Estimate:
     """
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings))
-    source = SourceModel(path)
-    parts = skeleton.sites_of(parse_modules(settings.modules))
+    parts = sites_for(skeleton, settings)
     sites = chosen_sites(parts, settings.ignore)
+    source = SourceModel(path, frozenset(copies_of(sites)))
     plan = uniform_plan(
         sites, method_named(settings.method), settings, budget_of(settings, source, sites)
     )
@@ -125,19 +126,24 @@ def estimate(settings: Settings) -> Estimate:
 
 def _calibration_bytes(settings: Settings, sites: Sequence[Site]) -> int:
     """Bytes of the statistics that wait on disk: triangles, float32 of inputs, else float64."""
-    kind = _kind(settings)
+    kind, layers = _kind(settings), without_embeddings(sites)
+    heads = [site for site in sites if isinstance(site, EmbeddingSite) and "head" in site.uses]
+    moments = sum(_moment_bytes(site.shape[1]) for site in heads)
     if kind == "input":
-        widths = {site.input_site: site.shape[1] for site in sites}
-        return sum(2 * n * (n + 1) + 4 * n for n in widths.values())
+        widths = {site.input_site: site.shape[1] for site in layers}
+        return moments + sum(map(_moment_bytes, widths.values()))
+    shapes = [site.shape for site in layers]
     if kind == "kronecker":
-        shapes = [site.shape for site in sites]
-        return sum(4 * (m * (m + 1) + n * (n + 1)) for m, n in shapes)
+        return moments + sum(4 * (m * (m + 1) + n * (n + 1)) for m, n in shapes)
     if kind == "guided":
-        shapes = [site.shape for site in sites]
-        return sum(4 * group_count((m, n)) * n * (n + 1) for m, n in shapes)
+        return moments + sum(4 * group_count((m, n)) * n * (n + 1) for m, n in shapes)
     if kind == "diagonal":
-        return sum(8 * site.shape[1] for site in sites)
+        return sum(8 * n for _, n in shapes)
     return 0
+
+
+def _moment_bytes(n: int) -> int:
+    return 2 * n * (n + 1) + 4 * n
 
 
 def _kind(settings: Settings) -> str:
@@ -151,7 +157,9 @@ def _memory(settings: Settings, skeleton: Skeleton, sites: Sequence[Site]) -> di
     """Bytes at the peak, by what takes them; each layer is fitted with a few copies of itself."""
     kind = _kind(settings)
     largest = max((s.shape[0] * s.shape[1] for s in sites), default=0)
-    widest = max((max(s.shape) for s in sites), default=0)
+    # Of an embedding no matrix has the size of the vocabulary squared.
+    sides = [s.shape[1:] if isinstance(s, EmbeddingSite) else s.shape for s in sites]
+    widest = max((max(side) for side in sides), default=0)
     return {
         "libraries": LIBRARIES_BYTES,
         **(_image_memory(skeleton, sites) if kind == "input" else {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from convex_caldera.models.embeddings import EmbeddingSite, copies_of
 from convex_caldera.storage.card import CardFacts
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.storage.read import Container
@@ -41,6 +42,7 @@ def finish(
             "budget": job.budget.wording,
             "planned_bytes": plan.compressed_bytes,
             "whole_model_in_memory": job.skeleton.whole_model,
+            **_embeddings(job),
             "layers": {name: run.record(name) for name in names},
         },
         provenance=provenance_record(job.source, settings=settings, fingerprint=fingerprints),
@@ -56,6 +58,13 @@ def finish(
         activations=job.settings.activations,
         lossless=job.settings.lossless,
     )
+
+
+def _embeddings(job: Job) -> dict[str, Any]:
+    """Which layers are embeddings, with their uses; tensors that were their copies."""
+    uses = {site.name: list(site.uses) for site in job.sites if isinstance(site, EmbeddingSite)}
+    copies = copies_of(job.sites)
+    return ({"embeddings": uses} if uses else {}) | ({"copies": copies} if copies else {})
 
 
 def command_line(settings: dict[str, Any]) -> str:

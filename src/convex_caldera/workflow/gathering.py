@@ -6,10 +6,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 from convex_caldera.errors import RecipeError
+from convex_caldera.models.embeddings import without_embeddings
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS, Curvatures, gather
 from convex_caldera.workflow.diagonals import diagonal_curvatures
+from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.images import ImageSet
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.progress import Progress
@@ -18,8 +20,14 @@ from convex_caldera.workflow.settings import Settings
 
 def curvatures_of(job: Job, folder: Path, progress: Progress) -> Curvatures:
     """Gathered, and kept in `folder`. Raises what `gather` and `diagonal_curvatures` raise."""
+    layers = _of_layers(job, folder, progress)
+    return with_embeddings(layers, job.skeleton, job.sites, job.tokens, folder, progress)
+
+
+def _of_layers(job: Job, folder: Path, progress: Progress) -> Curvatures:
     if job.diag_hessians is not None:
-        return diagonal_curvatures(job.diag_hessians, job.skeleton, job.sites, folder)
+        sites = without_embeddings(job.sites)
+        return diagonal_curvatures(job.diag_hessians, job.skeleton, sites, folder)
     return gather(
         job.curvature,
         job.skeleton,

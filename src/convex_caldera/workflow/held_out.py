@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from convex_caldera.workflow.curvatures import GradientCurvatures
+from convex_caldera.models.embeddings import EmbeddingSite
+from convex_caldera.workflow.embedding_curvatures import gradient_curvatures
 from convex_caldera.workflow.operating_points import Menus, OperatingPoints
 
 
@@ -16,13 +17,15 @@ def held_out_scale(points: OperatingPoints, probes: Menus) -> dict[str, float]:
     """A factor for all options of a layer; none at all without sequences held out.
 
     Per layer the ratio of the held-out sequence Fisher to the Kronecker loss of the same errors,
-    those of its probes, drawn halfway to the mean of all layers since it is noisy.
+    those of its probes, drawn halfway to the mean of all layers since it is noisy. Embeddings have
+    scales that are measured in another way.
     """
     compression = points.compression
-    curvatures = compression.fitter.curvatures
-    if not isinstance(curvatures, GradientCurvatures) or not curvatures.has_held_out:
+    curvatures = gradient_curvatures(compression.fitter.curvatures)
+    if curvatures is None or not curvatures.has_held_out:
         return {}
     sites, errors = points.sites, {}
+    probes = {n: found for n, found in probes.items() if not isinstance(sites[n], EmbeddingSite)}
     for name, candidates in probes.items():
         W = compression.fitter.weight(sites[name])
         errors[name] = [points.layer(name, c.label).decode() - W for c in candidates]

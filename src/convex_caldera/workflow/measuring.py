@@ -31,6 +31,7 @@ from convex_caldera.storage.manifest import FOLDER, add_file
 from convex_caldera.storage.read import Container, open_container
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
 from convex_caldera.workflow.curvatures import gather
+from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.evaluating import Meter
 from convex_caldera.workflow.fitting import side_by_side
 from convex_caldera.workflow.models import usable_device
@@ -126,7 +127,10 @@ def measure_directory(
 
 
 def _sites(container: Container, skeleton: Skeleton) -> list[Site]:
-    sites = [site for site in skeleton.sites if site.name in container.layers]
+    # Looked at only where something is left over: not every model has them in its checkpoint.
+    sites: list[Site] = [site for site in skeleton.sites if site.name in container.layers]
+    if len(sites) < len(container.layers):
+        sites += [site for site in skeleton.embeddings if site.name in container.layers]
     missing = sorted(set(container.layers) - {site.name for site in sites})
     unseen = sorted(set(missing) & _image_layers(skeleton))
     if unseen:
@@ -150,7 +154,8 @@ def _spectra(
     workers: int,
 ) -> dict[str, Any]:
     tokens = calibration_tokens(settings, skeleton)
-    inputs = gather("input", skeleton, sites, tokens, folder, settings.seed, progress)
+    layers = gather("input", skeleton, sites, tokens, folder, settings.seed, progress)
+    inputs = with_embeddings(layers, skeleton, sites, tokens, folder, progress)
     progress.start("spectra", len(sites))
 
     def work(site: Site) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from convex_caldera.allocate.menu import Floats
 from convex_caldera.allocate.rank_energy import factor_noise, log_energies
 from convex_caldera.allocate.surrogate import HIGH_RATE_DECAY
 from convex_caldera.core.recipe import Recipe
+from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.recipes.convex import (
     BIT_STEP,
     LEAST_BITS,
@@ -27,6 +28,7 @@ from convex_caldera.recipes.convex import (
     convex_caldera_recipe,
     menu_ranks,
 )
+from convex_caldera.recipes.embedding import embedding_recipe
 from convex_caldera.recipes.guided import guided_recipe
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import layer_bytes, ties_of, wishes_of
@@ -71,6 +73,8 @@ class Offers:
         """The recipe of an option."""
         factor_bits = wishes_of(self.job.settings, name).factor_bits
         recipe = convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
+        if self.is_embedding(name):
+            return embedding_recipe(recipe)
         guided = self.job.curvature == "guided"
         return guided_recipe(recipe, self.sites[name].shape) if guided else recipe
 
@@ -82,7 +86,8 @@ class Offers:
         members = self.members(name)
         rank = self._favoured(members)
         near = on_grid(self.target - self._shared_costs(members)[rank])
-        if list(self.sites).index(members[0]) % PROBE_STRIDE:
+        # What an embedding costs is measured in another way, so its decay is its own too.
+        if list(self.sites).index(members[0]) % PROBE_STRIDE and not self.is_embedding(name):
             return [Choice(near, rank)]
         low = on_grid(min(near, MOST_BITS - PROBE_WIDTH) - PROBE_WIDTH / 2)
         return [Choice(low, rank), Choice(low + PROBE_WIDTH, rank)]
@@ -108,6 +113,10 @@ class Offers:
         """Whether the user fixed the layer's rate, which leaves one option."""
         return wishes_of(self.job.settings, name).bits is not None
 
+    def is_embedding(self, name: str) -> bool:
+        """Whether the layer is an embedding or an output head."""
+        return isinstance(self.sites[name], EmbeddingSite)
+
     def offered(self, menu: Sequence[Choice], probes: Sequence[Choice]) -> list[Choice]:
         """The options that the plan may choose: a menu that the user gave, else all measured."""
         settings = self.job.settings
@@ -116,7 +125,11 @@ class Offers:
         return sorted({*menu, *probes})
 
     def ranks(self, members: Iterable[str]) -> list[int]:
-        """Ranks on offer for layers that share a format, rising."""
+        """Ranks on offer for layers that share a format, rising; 0 alone for embeddings.
+
+        Rows of an embedding are tokens of very unequal frequency: the energy that a rank takes out
+        of W says little of what it saves.
+        """
         members, settings = list(members), self.job.settings
         most = min(min(self.sites[member].shape) for member in members)
         fixed = wishes_of(settings, members[0]).rank
@@ -124,6 +137,8 @@ class Offers:
             return [min(fixed, most)]
         if settings.rank_menu is not None:
             return sorted({min(int(r), most) for r in parse_menu(settings.rank_menu)})
+        if any(self.is_embedding(member) for member in members):
+            return [0]
         grids = (self._roomy_ranks(member) for member in members)
         return list(min(grids, key=len))
 

@@ -18,11 +18,13 @@ from typing import Any
 from convex_caldera.allocate.curves import Curves, Group, Option
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.core.terms import CompressedLayer
+from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.models.sites import Site
 from convex_caldera.recipes.records import canonical_json
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.distortion_unit import DistortionUnit
+from convex_caldera.workflow.embedding_scales import measure_scales
 from convex_caldera.workflow.fitting import Task, fit_missing
 from convex_caldera.workflow.planning import layer_bytes
 
@@ -65,7 +67,7 @@ class OperatingPoints:
         return {site.name: site for site in self.compression.job.sites}
 
     def measure(self, menus: Menus, stage: str) -> None:
-        """Fit every candidate that is not there yet."""
+        """Fit every candidate that is not there yet, and run the model with those of embeddings."""
         sites = self.sites
         tasks = [
             Task(_key(name, candidate.label), sites[name], candidate.recipe)
@@ -74,6 +76,10 @@ class OperatingPoints:
         ]
         c = self.compression
         fit_missing(c.fitter, tasks, self.kept, stage, c.progress, c.workers)
+        for site in sites.values():
+            if isinstance(site, EmbeddingSite):
+                keys = [_key(site.name, candidate.label) for candidate in menus[site.name]]
+                measure_scales(c, self.kept, site, keys)
 
     def record(self, name: str, label: str) -> dict[str, Any]:
         """The report's entry of a candidate that was measured."""

@@ -18,7 +18,9 @@ from typing import Protocol, TypeVar
 
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError, ModelError, RecipeError
+from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.models.patterns import match, select
+from convex_caldera.recipes.embedding import embedding_recipe
 from convex_caldera.recipes.guided import guided_recipe
 from convex_caldera.recipes.ladder import Method, Wishes
 from convex_caldera.recipes.scl import entropy_coded
@@ -141,8 +143,8 @@ def fixed_budget(settings: Settings, sites: Sequence[NamedMatrix], method: Metho
     ladders = {site.name: _ladder(site, method, settings) for site in sites}
     if any(len(ladder) != 1 for ladder in ladders.values()):
         return None
-    recipes = {name: ladder[0] for name, ladder in ladders.items()}
-    recipes = method.share(recipes, settings.neural) if method.share else recipes
+    alone = {name: ladder[0] for name, ladder in ladders.items()}
+    recipes = shared(alone, sites, method, settings)
     size = planned_bytes(recipes, {site.name: site.shape for site in sites})
     return Budget(size, "the formats given")
 
@@ -297,7 +299,7 @@ def uniform_plan(
 
     def recipes(choice: Mapping[str, int]) -> dict[str, Recipe]:
         alone = {name: ladders[name][choice[name]] for name in ladders}
-        return method.share(alone, settings.neural) if method.share else alone
+        return shared(alone, sites, method, settings)
 
     def measure(choice: Mapping[str, int]) -> int:
         return planned_bytes(recipes(choice), shapes)
@@ -306,6 +308,24 @@ def uniform_plan(
     with _saying_what_is_feasible(settings, budget, weights):
         choice = fill_uniformly(rungs, budget.compressed_bytes, measure)
     return Plan(recipes(choice), shapes, measure(choice), budget)
+
+
+def shared(
+    recipes: Mapping[str, Recipe],
+    sites: Sequence[NamedMatrix],
+    method: Method,
+    settings: Settings,
+) -> dict[str, Recipe]:
+    """The recipes with what the method trains for several layers shared among them.
+
+    Embeddings keep what is their own: they are decoded when a model is loaded, and gone then.
+    """
+    if method.share is None:
+        return dict(recipes)
+    alone = {site.name for site in sites if isinstance(site, EmbeddingSite)}
+    layers = {name: recipe for name, recipe in recipes.items() if name not in alone}
+    found = method.share(layers, settings.neural) if layers else {}
+    return {name: found.get(name, recipe) for name, recipe in recipes.items()}
 
 
 def planned_bytes(recipes: Mapping[str, Recipe], shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -336,7 +356,9 @@ def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recip
     else:
         menu = [wishes]
     recipes = [recipe for wish in menu for recipe in method.ladder(site.shape, wish)]
-    if settings.curvature == "guided":
+    if isinstance(site, EmbeddingSite):
+        recipes = [embedding_recipe(recipe) for recipe in recipes]
+    elif settings.curvature == "guided":
         recipes = [guided_recipe(recipe, site.shape) for recipe in recipes]
     if settings.coder is not None:
         recipes = [entropy_coded(recipe, settings.coder) for recipe in recipes]

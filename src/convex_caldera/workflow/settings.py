@@ -62,6 +62,7 @@ class Settings(BaseModel):
     clip_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     coder: Literal["huffman", "rans"] | None = None
     lossless: bool = False
+    embeddings: bool = False
     activations: str | None = None
     dataset: str = "bundled:calibration"
     nsamples: Annotated[int, Field(ge=1)] = 128
@@ -93,6 +94,10 @@ class Settings(BaseModel):
         if self.ratio is not None:
             parse_ratio(self.ratio)
         parse_shrinkage(self.shrinkage)
+        if self.embeddings and self.targets != "original":
+            raise ValueError(
+                f"{self.targets} targets follow the decoder block by block; leave out embeddings"
+            )
         if self.diag_hessians is not None:
             self._alone("diag_hessians", ("curvature", "images", "targets", "shrinkage"))
         for menu in (self.bits_menu, self.rank_menu):
