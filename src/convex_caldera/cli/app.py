@@ -1,7 +1,7 @@
 """The application: its commands, and how errors become exit codes.
 
 Exit codes: 0 done, 2 usage or input, 3 infeasible budget, 4 a check failed, 5 interrupted and
-resumable. Commands live in `compressing` and `reading`; heavy imports stay inside them, so that
+resumable. Commands live in the files beside this one; heavy imports stay inside them, so that
 --help answers at once.
 """
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convex_caldera.cli import options as opt
+from convex_caldera.cli.groups import (
+    CalibrationOptions,
+    CurvatureOptions,
+    LayerOptions,
+    RecipeOptions,
+    spelled_out,
+)
+
+if TYPE_CHECKING:
+    from convex_caldera.workflow.settings import Settings
 
 Out = Annotated[Path, typer.Option("--output-dir", "-o", help="Written to exactly this folder.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands on the application."""
-    app.command()(compress)
-    app.command()(plan)
-    app.command()(calibrate)
+    app.command()(spelled_out(compress))
+    app.command()(spelled_out(plan))
+    app.command()(spelled_out(calibrate))
     app.command()(allocate)
     app.command()(demo)
 
@@ -24,45 +34,13 @@ def add_commands(app: typer.Typer) -> None:
 def compress(
     model: opt.Model,
     output_dir: Out,
-    method: opt.Method = None,
-    bits: opt.Bits = None,
-    size: opt.Size = None,
-    ratio: opt.Ratio = None,
-    rank: opt.Rank = None,
-    factor_bits: opt.FactorBits = None,
-    group_size: opt.GroupSize = None,
-    format: opt.Format = None,
-    factor_format: opt.FactorFormat = None,
-    bucket: opt.Bucket = None,
-    latent: opt.Latent = None,
-    order: opt.Order = None,
-    neural: opt.Neural = None,
-    code_bits: opt.CodeBits = None,
-    block_size: opt.BlockSize = None,
-    num_iters: opt.NumIters = None,
-    sample_size: opt.SampleSize = None,
-    clip_ratio: opt.ClipRatio = None,
-    coder: opt.Coder = None,
+    *,
+    recipe: RecipeOptions,
     lossless: opt.Lossless = None,
     activations: opt.Activations = None,
-    dataset: opt.Dataset = None,
-    nsamples: opt.NSamples = None,
-    seqlen: opt.SeqLen = None,
-    seed: opt.Seed = None,
-    device: opt.Device = None,
-    dtype: opt.DType = None,
-    ignore: opt.Ignore = None,
-    pin: opt.Pin = None,
-    tie: opt.Tie = None,
-    bits_menu: opt.BitsMenu = None,
-    rank_menu: opt.RankMenu = None,
-    curvature: opt.Curvature = None,
-    curvature_fallback: opt.CurvatureFallback = None,
-    shrinkage: opt.Shrinkage = None,
-    targets: opt.Targets = None,
-    modules: opt.Modules = None,
-    images: opt.Images = None,
-    diag_hessians: opt.DiagHessians = None,
+    text: CalibrationOptions,
+    layers: LayerOptions,
+    curvature: CurvatureOptions,
     allow_short: opt.AllowShort = None,
     config: opt.Config = None,
     workers: Annotated[
@@ -81,17 +59,8 @@ def compress(
     settings = _settings(
         config,
         opt.given(
-            model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
-            factor_bits=factor_bits, group_size=group_size, format=format,
-            factor_format=factor_format, bucket=bucket, latent=latent, order=order, neural=neural,
-            code_bits=code_bits, block_size=block_size, num_iters=num_iters,
-            sample_size=sample_size, clip_ratio=clip_ratio, coder=coder, lossless=lossless,
-            activations=activations, dataset=dataset,
-            nsamples=nsamples, seqlen=seqlen, seed=seed, device=device, dtype=dtype,
-            ignore=ignore, pin=pin, tie=tie, bits_menu=bits_menu, rank_menu=rank_menu,
-            curvature=curvature, curvature_fallback=curvature_fallback, shrinkage=shrinkage,
-            targets=targets, modules=modules, images=images, diag_hessians=diag_hessians,
-            allow_short=allow_short,
+            model=model, lossless=lossless, activations=activations, allow_short=allow_short,
+            **vars(recipe), **vars(text), **vars(layers), **vars(curvature),
         ),
     )  # fmt: skip
     with shown() as progress:
@@ -104,25 +73,7 @@ def compress(
 
 def plan(
     model: opt.Model,
-    method: opt.Method = None,
-    bits: opt.Bits = None,
-    size: opt.Size = None,
-    ratio: opt.Ratio = None,
-    rank: opt.Rank = None,
-    factor_bits: opt.FactorBits = None,
-    group_size: opt.GroupSize = None,
-    format: opt.Format = None,
-    factor_format: opt.FactorFormat = None,
-    bucket: opt.Bucket = None,
-    latent: opt.Latent = None,
-    order: opt.Order = None,
-    neural: opt.Neural = None,
-    code_bits: opt.CodeBits = None,
-    block_size: opt.BlockSize = None,
-    num_iters: opt.NumIters = None,
-    sample_size: opt.SampleSize = None,
-    clip_ratio: opt.ClipRatio = None,
-    coder: opt.Coder = None,
+    recipe: RecipeOptions,
     nsamples: opt.NSamples = None,
     seqlen: opt.SeqLen = None,
     ignore: opt.Ignore = None,
@@ -141,14 +92,9 @@ def plan(
     settings = _settings(
         config,
         opt.given(
-            model=model, method=method, bits=bits, size=size, ratio=ratio, rank=rank,
-            factor_bits=factor_bits, group_size=group_size, format=format,
-            factor_format=factor_format, bucket=bucket, latent=latent, order=order, neural=neural,
-            code_bits=code_bits, block_size=block_size, num_iters=num_iters,
-            sample_size=sample_size, clip_ratio=clip_ratio, coder=coder,
-            nsamples=nsamples, seqlen=seqlen,
-            ignore=ignore, pin=pin, curvature=curvature, targets=targets, modules=modules,
-            diag_hessians=diag_hessians,
+            model=model, nsamples=nsamples, seqlen=seqlen, ignore=ignore, pin=pin,
+            curvature=curvature, targets=targets, modules=modules, diag_hessians=diag_hessians,
+            **vars(recipe),
         ),
     )  # fmt: skip
     result = estimate(settings)
@@ -159,12 +105,7 @@ def plan(
 def calibrate(
     model: opt.Model,
     output_dir: Out,
-    dataset: opt.Dataset = None,
-    nsamples: opt.NSamples = None,
-    seqlen: opt.SeqLen = None,
-    seed: opt.Seed = None,
-    device: opt.Device = None,
-    dtype: opt.DType = None,
+    text: CalibrationOptions,
     curvature: Annotated[
         str | None,
         typer.Option(
@@ -185,9 +126,8 @@ def calibrate(
     settings = _settings(
         None,
         opt.given(
-            model=model, dataset=dataset, nsamples=nsamples, seqlen=seqlen, seed=seed,
-            device=device, dtype=dtype, curvature=curvature, modules=modules, images=images,
-            allow_short=allow_short,
+            model=model, curvature=curvature, modules=modules, images=images,
+            allow_short=allow_short, **vars(text),
         ),
     )  # fmt: skip
     with shown() as progress:
@@ -230,7 +170,7 @@ def demo(
     opt.write_json(json, result.to_dict())
 
 
-def _settings(config: Path | None, given: dict) -> object:
+def _settings(config: Path | None, given: dict[str, Any]) -> Settings:
     from convex_caldera.workflow.settings import make_settings, read_settings
 
     return make_settings(**given) if config is None else read_settings(config, **given)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from convex_caldera.cli import options as opt
+from convex_caldera.cli.groups import spelled_out
 
 CHECK_FAILED = 4
 
@@ -20,72 +22,96 @@ Out = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's commands on the application."""
-    app.command("eval")(evaluate)
+    app.command("eval")(spelled_out(evaluate))
     app.command("eval-pope")(evaluate_pope)
     app.command()(bench)
     app.command()(compare)
 
 
-def evaluate(
-    models: Models,
-    text: Annotated[
-        str, typer.Option(help="Held-out text: a file, or bundled[:split].")
-    ] = "bundled:test",
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+@dataclass(frozen=True)
+class TextScoring:
+    """The held-out text and how it is cut into windows."""
+
+    text: Annotated[str, typer.Option(help="Held-out text: a file, or bundled[:split].")] = (
+        "bundled:test"
+    )
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; the window unless given.")
-    ] = None,
-    bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = True,
-    max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.")] = None,
+    ] = None
+    bos: Annotated[bool, typer.Option(help="Begin each window with the BOS token.")] = True
+    max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.")] = None
+
+
+@dataclass(frozen=True)
+class TaskScoring:
+    """The tasks and how they are scored."""
+
     tasks: Annotated[
         str | None,
         typer.Option(help="wikitext2,c4,winogrande,rte,piqa,arc_challenge,arc_easy,blimp, ..."),
-    ] = None,
+    ] = None
     task_data: Annotated[
         list[str] | None,
         typer.Option(help="Folder of task files, TASK=FILE, or `hub`. May be repeated."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items per task (of each part).")] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Items per task (of each part).")] = None
     protocol: Annotated[
         str, typer.Option(help="Perplexity tasks per `token` (papers), `word` (lm-eval) or `both`.")
-    ] = "token",
+    ] = "token"
     batch_size: Annotated[
         str, typer.Option(help="Inputs at a time; auto bounds memory instead.")
-    ] = "auto",
+    ] = "auto"
+
+
+def evaluate(
+    models: Models,
+    scoring: TextScoring,
+    scored: TaskScoring,
     output_dir: Out = None,
     device: opt.Device = None,
     json: opt.Json = None,
 ) -> None:
     """Perplexity, KL, agreement and zero-shot tasks of several models, the original first."""
+    if scored.tasks is None:
+        _only_with_tasks(task_data=scored.task_data, limit=scored.limit, output_dir=output_dir)
+        record = _score_text(models, scoring, device or "cpu")
+    else:
+        record = _score_tasks(models, scoring, scored, output_dir, device or "cpu")
+    opt.write_json(json, record)
+
+
+def _score_text(models: list[str], scoring: TextScoring, device: str) -> dict[str, Any]:
+    from convex_caldera.workflow.evaluating import evaluate_models
     from convex_caldera.workflow.progress import shown
 
-    common: dict[str, Any] = {
-        "window": window, "stride": stride, "bos": bos, "max_tokens": max_tokens
-    }  # fmt: skip
-    if tasks is None:
-        _only_with_tasks(task_data=task_data, limit=limit, output_dir=output_dir)
-        from convex_caldera.workflow.evaluating import evaluate_models
+    with shown() as progress:
+        result = evaluate_models(models, **vars(scoring), device=device, progress=progress)
+    print(result.text())
+    return result.to_dict()
 
-        with shown() as progress:
-            result = evaluate_models(
-                models, text, device=device or "cpu", progress=progress, **common
-            )
-        print(result.text())
-        opt.write_json(json, result.to_dict())
-        return
+
+def _score_tasks(
+    models: list[str],
+    scoring: TextScoring,
+    scored: TaskScoring,
+    output_dir: Path | None,
+    device: str,
+) -> dict[str, Any]:
+    from convex_caldera.workflow.progress import shown
     from convex_caldera.workflow.zero_shot import TaskOptions, evaluate_tasks
 
     options = TaskOptions(
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
-        task_data=tuple(task_data or ()), limit=limit, protocol=protocol,
-        batch_size=_batch_size(batch_size), text=text, **common,
+        tasks=tuple(name.strip() for name in (scored.tasks or "").split(",") if name.strip()),
+        task_data=tuple(scored.task_data or ()), limit=scored.limit, protocol=scored.protocol,
+        batch_size=_batch_size(scored.batch_size), **vars(scoring),
     )  # fmt: skip
     with shown() as progress:
         record = evaluate_tasks(
-            models, options, output_dir=output_dir, device=device or "cpu", progress=progress
+            models, options, output_dir=output_dir, device=device, progress=progress
         )
     _print_tables(record, output_dir)
-    opt.write_json(json, record)
+    return record
 
 
 def evaluate_pope(

@@ -2,83 +2,92 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from convex_caldera.cli import options as opt
+from convex_caldera.cli.groups import spelled_out
 
 
 def add_commands(app: typer.Typer) -> None:
     """Register this file's command on the application."""
-    app.command()(finetune)
+    app.command()(spelled_out(finetune))
 
 
-def finetune(
-    directory: Annotated[str, typer.Argument(help="The output folder of a compression.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder.")],
+@dataclass(frozen=True)
+class TuneOptions:
+    """What is trained, on what, how and for how long."""
+
     model: Annotated[
         str | None,
         typer.Option(help="The original, as the teacher; by default that of the recipe."),
-    ] = None,
+    ] = None
     scope: Annotated[
         str | None, typer.Option(help="block, model, or both in turn. Default both.")
-    ] = None,
+    ] = None
     train: Annotated[
         str | None,
         typer.Option(
             help="Parts, such as lowrank,signs: lowrank, lora, dora, signs, scales, codebooks, "
             "norms. Default lowrank,signs,norms."
         ),
-    ] = None,
+    ] = None
     loss: Annotated[
         str | None, typer.Option(help="mse (blocks), kl (model), task. Default by scope.")
-    ] = None,
+    ] = None
     rank_trainable: Annotated[
         int | None, typer.Option(help="Components that lora trains in each layer. Default 16.")
-    ] = None,
+    ] = None
     dataset: Annotated[
         str | None,
         typer.Option(help="Text as for compress, or a task's .jsonl. Default bundled:train."),
-    ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Windows of text. Default 256.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default 256.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per step. Default 8.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Relative step size. Default 0.002.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the text. Default 2.")] = None,
+    ] = None
+    nsamples: Annotated[int | None, typer.Option(help="Windows of text. Default 256.")] = None
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default 256.")] = None
+    batch_size: Annotated[int | None, typer.Option(help="Windows per step. Default 8.")] = None
+    lr: Annotated[float | None, typer.Option(help="Relative step size. Default 0.002.")] = None
+    epochs: Annotated[float | None, typer.Option(help="Passes over the text. Default 2.")] = None
     block_epochs: Annotated[
         float | None, typer.Option(help="The same for blocks, if different.")
-    ] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. Default 0.")] = None,
+    ] = None
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default 0.05.")] = None
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. Default 0.")] = None
     evaluations: Annotated[
         int | None, typer.Option(help="Of the validation split, per epoch. Default 4.")
-    ] = None,
+    ] = None
     patience: Annotated[
         int | None, typer.Option(help="Evaluations without a new best; 0: never stop. Default 4.")
-    ] = None,
+    ] = None
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds of training, shared by the phases.")
-    ] = None,
-    seed: opt.Seed = None,
-    device: opt.Device = None,
+    ] = None
+    seed: opt.Seed = None
+    device: opt.Device = None
     checkpointing: Annotated[
         bool | None, typer.Option("--checkpointing", help="Recompute blocks: less memory.")
-    ] = None,
-    allow_short: opt.AllowShort = None,
+    ] = None
+    allow_short: opt.AllowShort = None
     text_field: Annotated[
         list[str] | None, typer.Option(help="Task: a field of the text. May be repeated.")
-    ] = None,
+    ] = None
     choice_field: Annotated[
         list[str] | None, typer.Option(help="Task: a field with a choice. May be repeated.")
-    ] = None,
+    ] = None
     label_field: Annotated[
         str | None, typer.Option(help="Task: the field of the answer. Default label.")
-    ] = None,
+    ] = None
     label_name: Annotated[
         list[str] | None, typer.Option(help="Task: a label as a word, in order. May be repeated.")
-    ] = None,
+    ] = None
+
+
+def finetune(
+    directory: Annotated[str, typer.Argument(help="The output folder of a compression.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="A new folder.")],
+    wanted: TuneOptions,
     log: Annotated[
         Path | None, typer.Option(help="JSON lines of every step. Default OUT.log.jsonl.")
     ] = None,
@@ -92,18 +101,10 @@ def finetune(
     from convex_caldera.workflow.progress import shown
     from convex_caldera.workflow.tuning_settings import make_tune_settings
 
-    parts = None if train is None else tuple(p.strip() for p in train.split(",") if p.strip())
-    settings = make_tune_settings(
-        **opt.given(
-            directory=directory, model=model, scope=scope, train=parts, loss=loss,
-            rank_trainable=rank_trainable, dataset=dataset, nsamples=nsamples, seqlen=seqlen,
-            batch_size=batch_size, lr=lr, epochs=epochs, block_epochs=block_epochs, warmup=warmup,
-            weight_decay=weight_decay, evaluations=evaluations, patience=patience,
-            time_budget=time_budget, seed=seed, device=device, checkpointing=checkpointing,
-            allow_short=allow_short, text_field=text_field, choice_field=choice_field,
-            label_field=label_field, label_name=label_name,
-        )
-    )  # fmt: skip
+    options = opt.given(directory=directory, **vars(wanted))
+    if wanted.train is not None:
+        options["train"] = tuple(p.strip() for p in wanted.train.split(",") if p.strip())
+    settings = make_tune_settings(**options)
     log = log or output_dir.with_name(output_dir.name + ".log.jsonl")
     with shown() as progress:
         summary = finetune_to(
