@@ -116,6 +116,7 @@ def calibrate(
     ] = None,
     modules: opt.Modules = None,
     images: opt.Images = None,
+    embeddings: opt.Embeddings = None,
     allow_short: opt.AllowShort = None,
     json: opt.Json = None,
 ) -> None:
@@ -127,7 +128,7 @@ def calibrate(
         None,
         opt.given(
             model=model, curvature=curvature, modules=modules, images=images,
-            allow_short=allow_short, **vars(text),
+            embeddings=embeddings, allow_short=allow_short, **vars(text),
         ),
     )  # fmt: skip
     with shown() as progress:

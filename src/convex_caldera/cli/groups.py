@@ -74,6 +74,7 @@ class RecipeOptions:
     sample_size: opt.SampleSize = None
     clip_ratio: opt.ClipRatio = None
     coder: opt.Coder = None
+    embeddings: opt.Embeddings = None
 
 
 @dataclass(frozen=True)
