@@ -237,6 +237,8 @@ def store(
         name: {
             "label": plan.choice[name],
             **{key: records[name][key] for key in ("bits", "rank", "loss", "relative_loss")},
+            "option_loss": records[name]["loss"],
+            "option_relative_loss": records[name]["relative_loss"],
             "held_out_scale": SCALE,
             "gap_to_waterfilling_bits": distance(problems[name], records[name]),
             "program": program(problems[name], records[name], curves, plan),
@@ -249,6 +251,7 @@ def store(
         "method": METHOD,
         "unit": "relative",
         "curvature": "input",
+        "targets": "original",
         "budget_bytes": budget,
         "compressed_bytes": found,
         "header_bytes": headers,
@@ -258,7 +261,12 @@ def store(
         "surrogate": surrogate(curves, bits),
         "layers": layers,
     }
-    report = {"method": METHOD, "budget_bytes": budget, "layers": records}
+    report = {
+        "method": METHOD,
+        "targets": "original",
+        "budget_bytes": budget,
+        "layers": records,
+    }
     for name, value in (("certificate", certificate), ("report", report)):
         text = json.dumps(value, indent=2, sort_keys=True) + "\n"
         add_file(made.output, f"convex_caldera/{name}.json", [text.encode()])

@@ -32,6 +32,10 @@ def curves(names: Sequence[str] = NAMES, ties: Sequence[Sequence[str]] = ()) -> 
     return {"groups": groups, "ties": [list(tie) for tie in ties]}
 
 
+# What a layer costs as it is stored, and the factor from that to nats.
+STORED_LOSS, SCALE = 0.0008, 1.25
+
+
 def certificate(
     names: Sequence[str] = NAMES, ties: Sequence[Sequence[str]] = (), bits: float = 3.1
 ) -> dict[str, Any]:
@@ -43,8 +47,9 @@ def certificate(
             "label": plan.choice[name],
             "bits": 3.0,
             "rank": i,
-            "loss": 1.0,
+            "loss": STORED_LOSS * (1 + i),
             "relative_loss": 0.01,
+            "held_out_scale": SCALE,
             "gap_to_waterfilling_bits": 0.2 + 0.01 * i,
             "program": {"gap": 1e-6 * (1 + i)},
         }

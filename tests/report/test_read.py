@@ -36,16 +36,20 @@ def test_certificate_numbers_are_those_of_the_file(tmp_path):
     assert (c.groups, c.options) == (len(making.NAMES), 3 * len(making.NAMES))
     assert c.frontier[0].bits == 2 * making.WEIGHTS * len(making.NAMES)
     by_name = {layer.name: layer for layer in run.layers}
-    assert by_name[making.NAMES[1]].predicted_kl == c.losses[making.NAMES[1]]
+    assert by_name[making.NAMES[1]].predicted_kl == c.stored_losses[making.NAMES[1]]
     assert by_name[making.NAMES[1]].program_gap == 2e-6
 
 
-def test_prediction_is_that_of_the_chosen_option(tmp_path):
+def test_prediction_of_a_layer_is_that_of_the_layer_as_stored(tmp_path):
     contents = making.files()
     record = contents["certificate.json"]
     run = read_run(making.write_run(tmp_path / "nats", contents))
-    total = sum(layer.predicted_kl for layer in run.layers)
-    assert total == pytest.approx(record["plan"]["distortion"], rel=1e-12)
+    predicted = {layer.name: layer.predicted_kl for layer in run.layers}
+    stored = making.STORED_LOSS * making.SCALE
+    assert predicted == pytest.approx(
+        {name: stored * (1 + i) for i, name in enumerate(making.NAMES)}
+    )
+    assert sum(run.certificate.losses.values()) == pytest.approx(record["plan"]["distortion"])
     assert run.certificate.unit == "predicted nats of KL per token"
     record["unit"] = "relative"  # not the model's KL, so not shown as such
     run = read_run(making.write_run(tmp_path / "relative", contents))

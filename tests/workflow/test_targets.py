@@ -98,7 +98,7 @@ def test_drift_corrected_runs_resume_to_the_same_bytes(
     assert snapshot(out) == snapshot(drifted)
 
 
-def test_plans_are_certified_again_with_what_their_layers_then_cost(
+def test_plans_are_those_of_the_options_and_state_what_layers_cost_beside(
     small: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -106,9 +106,29 @@ def test_plans_are_certified_again_with_what_their_layers_then_cost(
     done(compress(small, out, text, *menu, *DRIFT), out)
     certificate = json.loads((out / "convex_caldera" / "certificate.json").read_text())
     plan, layers = certificate["plan"], certificate["layers"]
-    spent = sum(layer["loss"] * layer["held_out_scale"] for layer in layers.values())
+    spent = sum(layer["option_loss"] * layer["held_out_scale"] for layer in layers.values())
     assert plan["distortion"] == pytest.approx(spent) and plan["bound"] <= plan["distortion"]
+    assert (
+        certificate["targets"] == "drift-corrected" and "fitted again" in certificate["statement"]
+    )
+    assert any(layer["loss"] != layer["option_loss"] for layer in layers.values())
     assert set(layers) == set(report_of(out)["layers"])
+
+
+def test_the_default_method_corrects_drift_where_it_can_be_measured(
+    small: Path, text: Path, tmp_path: Path
+) -> None:
+    menu = ("--bits", 6, "--bits-menu", "4,5", "--rank-menu", "0")
+    corrected = done(compress(small, tmp_path / "a", text, *menu), tmp_path / "a")
+    assert corrected["targets"] == "drift-corrected"
+    assert corrected["held_out_kl"]["kl"] > 0
+    few = ("--nsamples", 2)  # too few to search a blend
+    plain = done(compress(small, tmp_path / "b", text, *menu, *few), tmp_path / "b")
+    assert plain["targets"] == "original"
+    other = done(
+        compress(small, tmp_path / "c", text, "--method", "rtn", "--bits", 6), tmp_path / "c"
+    )
+    assert other["targets"] == "original" and "held_out_kl" not in other
 
 
 @pytest.mark.parametrize(

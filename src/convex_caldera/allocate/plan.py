@@ -131,29 +131,6 @@ def allocate(
     return _solve(front, budget, curves.weights, exact, time_limit)
 
 
-def certify_choice(curves: Curves, plan: Plan) -> Plan:
-    """The same choice, price and budget under other distortions, with the bound of those.
-
-    For options that were fitted again after the plan was made: the choice is not searched anew,
-    so that the gap says how far it now is from the best.
-    """
-    menus = build_menus(curves)
-    picks = [menu.labels.index(plan.choice[menu.name]) for menu in menus.menus]
-    value, bound = menus.distortion(picks), menus.bound(plan.price, plan.budget_bits)
-    asked = Integer(None, NOT_SEARCHED, None, False)
-    return _finish(
-        menus,
-        picks,
-        plan.budget_bits,
-        curves.weights,
-        plan.price,
-        bound,
-        value,
-        Searched(None, None),
-        asked,
-    )
-
-
 def frontier(curves: Curves, *, pins: Mapping[str, str] | None = None) -> Frontier:
     """All plans that are optimal at some price, cheapest first, in one sort.
 
@@ -203,6 +180,7 @@ def _finish(
     if proof == "none" and asked.proved:
         proof = "milp"
     share = asked.bound_share
+    core = None if searched.bound is None else _rounded(searched.bound, up=False)
     return Plan(
         choice=choice_of(menus, picks),
         budget_bits=budget,
@@ -211,8 +189,8 @@ def _finish(
         distortion=_rounded(value, up=True),
         price=price,
         bound=_rounded(bound, up=False),
-        core_bound=None if searched.bound is None else _rounded(searched.bound, up=False),
-        plan_gap=_relative(value, bound),
+        core_bound=core,
+        plan_gap=_relative(value, bound if core is None else max(bound, Fraction(core))),
         gap_before_milp=_relative(before, bound),
         milp_status=asked.status,
         milp_bound=None if share is None else float(bound) + share * float(before - bound),

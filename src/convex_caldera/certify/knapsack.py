@@ -199,14 +199,16 @@ def check_bound(curves: Curves, plan: Mapping[str, Any]) -> str:
     if Fraction(plan["distortion"]) < value:
         claimed = plan["distortion"]
         raise CheckError(f"distortion {claimed!r} is claimed, the options have {float(value)!r}")
-    for name in ("plan_gap", "gap_before_milp"):
-        if plan[name] is not None and not _covers(Fraction(plan[name]), value, bound):
+    core = plan["core_bound"]  # replayed below
+    best = bound if core is None else max(bound, Fraction(core))
+    for name, proved in (("plan_gap", best), ("gap_before_milp", bound)):
+        if plan[name] is not None and not _covers(Fraction(plan[name]), value, proved):
             raise CheckError(f"{name} {plan[name]!r} is claimed, less than the exact gap")
     if plan["proof"] == "price" and value != bound:
         raise CheckError("the plan is called proved by its price, but bound and value differ")
     _check_core(curves, plan, value)
     shown = "" if plan["plan_gap"] is None else f", gap {plan['plan_gap']:.3g}"
-    return f"{float(value):.6g} >= {float(bound):.6g}{shown}, {PROOFS[plan['proof']]}"
+    return f"{float(value):.6g} >= {float(best):.6g}{shown}, {PROOFS[plan['proof']]}"
 
 
 def _check_core(curves: Curves, plan: Mapping[str, Any], value: Fraction) -> None:

@@ -2,7 +2,7 @@
 
 certificate.json (docs/certificate.md) has exactly these keys: schema 1, statement, method,
 budget_bytes, compressed_bytes, header_bytes, reserved_bytes, curves, plan, surrogate, layers,
-unit, curvature.
+unit, curvature, targets.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ KEYS = (
     "layers",
     "unit",
     "curvature",
+    "targets",
 )
 LAYER_KEYS = (
     "label",
@@ -46,6 +47,8 @@ LAYER_KEYS = (
     "rank",
     "loss",
     "relative_loss",
+    "option_loss",
+    "option_relative_loss",
     "held_out_scale",
     "gap_to_waterfilling_bits",
     "program",
@@ -54,6 +57,7 @@ LAYER_KEYS = (
 PLANNED = ("convex-caldera", "reallm")
 UNITS = ("nats", "relative")
 CURVATURES = ("none", "input", "kronecker", "guided", "diagonal")
+TARGETS = ("original", "drift-corrected")
 
 
 def certificate_of(output: Output) -> Mapping[str, Any]:
@@ -70,6 +74,11 @@ def certificate_of(output: Output) -> Mapping[str, Any]:
     if certificate["unit"] not in UNITS or certificate["curvature"] not in CURVATURES:
         unit, curvature = certificate["unit"], certificate["curvature"]
         raise FormatError(f"certificate: unit {short(unit)}, curvature {short(curvature)}")
+    targets = certificate["targets"]
+    if targets not in TARGETS:
+        raise FormatError(f"certificate: targets {short(targets)}")
+    if targets != output.report.get("targets"):
+        raise CheckError("the certificate and the report name different targets")
     return certificate
 
 
@@ -166,11 +175,12 @@ def check_options(output: Output) -> str:
         if name not in tuned and rank != layer.spec.rank:
             raise CheckError(f"{where}: rank {layer.spec.rank} is stored, another is claimed")
         _check_same_figures(name, record, output.report["layers"][name], name in tuned)
-        key = "loss" if certificate["unit"] == "nats" else "relative_loss"
+        _check_option_figures(where, record, certificate["targets"])
+        key = "option_loss" if certificate["unit"] == "nats" else "option_relative_loss"
         scale = number(record["held_out_scale"], f"{where}: held_out_scale", 0.0)
         # The product of two doubles, rounded as every IEEE machine rounds it.
         if curves.menus[name][label][1] != Fraction(record[key] * scale):
-            raise CheckError(f"{where}: the option's distortion is not the layer's {key}")
+            raise CheckError(f"{where}: the option's distortion is not its {key}")
         gap = record["gap_to_waterfilling_bits"]
         if gap is not None:
             number(gap, f"{where}: gap_to_waterfilling_bits")
@@ -183,6 +193,14 @@ def _check_same_figures(
     for key in ("loss", "relative_loss") if tuned else ("bits", "loss", "relative_loss"):
         if number(record[key], f"{short(name)}: {key}") != report.get(key):
             raise CheckError(f"{short(name)}: {key} differs between certificate and report")
+
+
+def _check_option_figures(where: str, record: Mapping[str, Any], targets: str) -> None:
+    """What the option cost when it was measured; only drift correction fits it once more."""
+    for key in ("loss", "relative_loss"):
+        measured = number(record[f"option_{key}"], f"{where}: option_{key}", 0.0)
+        if targets == "original" and measured != record[key]:
+            raise CheckError(f"{where}: its {key} is not that of its option")
 
 
 def check_plan(output: Output) -> str:

@@ -89,7 +89,7 @@ def check_programs(output: Output, source: Source, statistics: Statistics) -> st
     for name in _others(output, fallbacks(output) | unseen_heads(output, statistics)):
         record = certificate["layers"][name]
         distortion = float(curves.menus[name][record["label"]][1])
-        paid = price * (record["loss"] / distortion) if distortion > 0 else 0.0
+        paid = price * (record["option_loss"] / distortion) if distortion > 0 else 0.0
         H = _known_sides(output, statistics, name).H
         W = source.weight(f"{name}.weight")
         found = check_layer_program(name, record["program"], W, H, record["loss"], paid)

@@ -145,15 +145,16 @@ Shrinkage = Annotated[
     str | None,
     typer.Option(
         "--shrinkage",
-        help="Smooth curvature from gradients: none, held-out (searched), or shares of the input "
-        "and the output side such as 0.05,0.2.",
+        help="Smooth curvature from gradients: auto (the method's own), none, held-out (searched), "
+        "or shares of the input and the output side such as 0.05,0.2.",
     ),
 ]
 Targets = Annotated[
     str | None,
     typer.Option(
         "--targets",
-        help="What is rounded: original weights, or drift-corrected ones, block after block.",
+        help="What is rounded: auto (the method's own), original weights, or drift-corrected ones, "
+        "block after block.",
     ),
 ]
 Modules = Annotated[

@@ -62,8 +62,9 @@ class Wishes:
 class Method:
     """A named method: one sentence, its paper, and its ladder of recipes for a shape (m, n).
 
-    `curvature` is what its rounding is meant to see; `factor_bits` codes its factors unless the
-    user asks for others; `allocates` says that bits and ranks are decided together for the whole
+    `curvature` is what its rounding is meant to see, `shrinkage` how that is smoothed, `targets`
+    what is rounded; `factor_bits` codes its factors unless the user asks for others; `allocates`
+    says that bits and ranks are decided together for the whole
     model instead of uniformly. `menu` gives options by label, near a target in bits per weight,
     which all are measured; `share` lets layers share what is trained for several of them, given
     all recipes and the options of `Wishes.neural`.
@@ -74,6 +75,8 @@ class Method:
     paper: str
     ladder: Callable[[Shape, Wishes], tuple[Recipe, ...]]
     curvature: Literal["none", "input", "kronecker"] = "input"
+    targets: Literal["original", "drift-corrected"] = "original"
+    shrinkage: Literal["none", "held-out"] = "none"
     factor_bits: int = 4
     allocates: bool = False
     menu: Callable[[Shape, Wishes, float | None], Mapping[str, Recipe]] | None = None

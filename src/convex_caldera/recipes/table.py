@@ -33,6 +33,8 @@ METHODS: dict[str, Method] = {
         "this project; docs/methods/convex-caldera.md",
         convex_caldera_ladder,
         curvature="kronecker",
+        targets="drift-corrected",
+        shrinkage="held-out",
         factor_bits=FACTOR_BITS,
         allocates=True,
     ),

@@ -53,6 +53,7 @@ def certificate_from(table: Table) -> Certificate:
         milp_status=plan.text("milp_status", ""),
         surrogate=None if surrogate is None else _plain_entries(surrogate),
         losses=_losses(curves, plan.table("choice")),
+        stored_losses=_stored_losses(table.table("layers"), unit),
         frontier=_frontier(curves),
     )
 
@@ -74,6 +75,16 @@ def _losses(curves: Curves, choice: Table) -> dict[str, float]:
         except RecipeError as error:
             raise FormatError(f"{choice.where}: {error}") from error
     return losses
+
+
+def _stored_losses(layers: Table, unit: str) -> dict[str, float]:
+    """Layer -> what it costs alone as it is stored, which drift correction changes."""
+    key = "loss" if unit == "nats" else "relative_loss"
+    found = {}
+    for name in layers.record:
+        layer = layers.table(name)
+        found[name] = layer.number(key) * layer.number("held_out_scale")
+    return found
 
 
 def _plain_entries(table: Table) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def read_run(directory: Path) -> Run:
         versions=_texts(provenance, "versions"),
         source_files=_texts(provenance, "source_files"),
         files=len(manifest) + 1,
+        held_out=_held_out(report.table_or_none("held_out_kl")),
         seconds=report.number_or_none("seconds"),
         peak_memory_bytes=report.count_or_none("peak_memory_bytes"),
     )
@@ -144,6 +145,13 @@ def with_measurement(run: Run, table: Table) -> Run:
     return run
 
 
+def _held_out(table: Table | None) -> MeasuredLoss | None:
+    if table is None:
+        return None
+    kl, stderr = table.number("kl"), table.number_or_none("kl_stderr")
+    return MeasuredLoss("calibration text held out", kl, stderr, table.count("tokens"))
+
+
 def _with_measured(run: Run, table: Table) -> Run:
     """KLs beside the predictions; layers that were not measured stay without."""
     layers = table.table("layers")
@@ -176,7 +184,7 @@ def _layers(
         if extras is not None and name in extras.record:
             row = _with_extras(row, extras.table(name))
         if certificate is not None and certificate.in_nats:
-            row = replace(row, predicted_kl=certificate.losses.get(name))
+            row = replace(row, predicted_kl=certificate.stored_losses.get(name))
         rows.append(row)
     return tuple(rows)
 

@@ -73,7 +73,7 @@ class Certificate:
 
     `plan_gap` is None if the bound is zero. `frontier` is the lower hull of all plans that the
     certificate's curves allow, `options` the number of options in all, `losses` the loss of every
-    group's option.
+    group's option as it was measured, `stored_losses` that of every layer as it is stored.
     """
 
     statement: tuple[str, ...]
@@ -96,6 +96,7 @@ class Certificate:
     milp_status: str
     surrogate: dict[str, Any] | None
     losses: dict[str, float]
+    stored_losses: dict[str, float]
     frontier: tuple[FrontierPoint, ...]
 
     @property
@@ -143,7 +144,10 @@ class Landscape:
 
 @dataclass(frozen=True)
 class Run:
-    """One output directory. `byte_parts` maps matrix kind -> what -> bytes."""
+    """One output directory. `byte_parts` maps matrix kind -> what -> bytes.
+
+    `held_out` is the KL of the whole model on calibration windows that no curvature saw.
+    """
 
     directory: Path
     title: str
@@ -162,6 +166,7 @@ class Run:
     spectra: tuple[Spectra, ...] = ()
     landscape: Landscape | None = None
     measured: MeasuredLoss | None = None
+    held_out: MeasuredLoss | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from convex_caldera.report.rows import entries
 from convex_caldera.report.run import Certificate, EvaluationFile, Run
 
+# Gaps up to this are what the integer arithmetic of the proof leaves open.
+PROVED = 1e-9
 RECHECK = """import json
 from fractions import Fraction
 
@@ -41,7 +43,7 @@ def proves(c: Certificate) -> list[str]:
     if c.plan_gap is not None:
         gap = (
             "exactly the bound: no better plan exists"
-            if c.plan_gap == 0
+            if c.plan_gap <= PROVED
             else f"at most {100 * c.plan_gap:.3g} % above the best that is possible"
         )
     lines = [
@@ -100,13 +102,20 @@ def measured_words(run: Run, evaluations: Sequence[EvaluationFile]) -> list[str]
     lines = _single_words(run)
     mine = next((e for e in entries([run], evaluations) if e.run is run), None)
     for evaluation, score in zip(evaluations, mine.scores if mine else (), strict=True):
-        if score is None:
-            continue
-        predicted = run.certificate.distortion
-        ratio = f" ({score.kl / predicted:.2f} times)" if predicted > 0 else ""
-        text = f" on {evaluation.text}" if evaluation.text else ""
-        lines.append(f"Predicted {predicted:.4g}, measured{text} {score.kl:.4g}{ratio}.")
+        if score is not None:
+            text = f" on {evaluation.text}" if evaluation.text else ""
+            lines.append(_beside(run, run.certificate.distortion, text, score.kl))
     return lines
+
+
+def _beside(run: Run, predicted: float, text: str, kl: float) -> str:
+    """The sum of the layers, what the whole cost on held-out calibration text, and a KL."""
+    ratio = f" ({kl / predicted:.2f} times)" if predicted > 0 else ""
+    line = f"Predicted {predicted:.4g}, measured{text} {kl:.4g}{ratio}."
+    if run.held_out is not None and run.held_out.kl > 0:
+        h = run.held_out
+        line += f" On {h.tokens:,} tokens of {h.text} it was {h.kl:.4g} ({kl / h.kl:.2f} times)."
+    return line
 
 
 def _single_words(run: Run) -> list[str]:
@@ -114,10 +123,8 @@ def _single_words(run: Run) -> list[str]:
     m, layers = run.measured, [row for row in run.layers if row.measured_kl is not None]
     if m is None or run.certificate is None:
         return []
-    predicted = run.certificate.distortion
-    ratio = f" ({m.kl / predicted:.2f} times)" if predicted > 0 else ""
     text = f" on {m.tokens:,} tokens of {m.text}" if m.text else ""
-    lines = [f"Predicted {predicted:.4g}, measured{text} {m.kl:.4g}{ratio}."]
+    lines = [_beside(run, run.certificate.distortion, text, m.kl)]
     if len(layers) == len(run.layers):
         total = sum(row.measured_kl or 0.0 for row in layers)
         lines.append(

@@ -5,7 +5,8 @@ probe      every layer at one rate or two, with the real quantizer
 propose    the convex program on the fitted curves: a rate and a rank for each layer
 measure    the few options around each proposal, with the real quantizer
 decide     one option per layer by its measured loss under the byte budget, with a bound
-store      the options chosen, which were fitted already
+store      the options chosen, as they were fitted already; or their recipes carried out once more,
+           block after block, on targets that make up for the blocks before
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 from convex_caldera.allocate.menu import Floats
 from convex_caldera.allocate.rank_energy import spectrum
+from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.models.sites import Site
 from convex_caldera.workflow.certifying import certificate_of
 from convex_caldera.workflow.compression import Compression
-from convex_caldera.workflow.deciding import Decision, decide, refitted
+from convex_caldera.workflow.deciding import Decision, decide
 from convex_caldera.workflow.distortion_unit import unit_of
 from convex_caldera.workflow.fitting import side_by_side
 from convex_caldera.workflow.held_out import held_out_scale
@@ -55,8 +57,8 @@ def allocate_convex(compression: Compression) -> tuple[Plan, dict[str, Any]]:
         offered = {name: offers.offered(menus[name], probes[name]) for name in offers.sites}
         candidates = _candidates(offers, offered)
         decision = decide(compression.job, candidates, points.curves(candidates, offers.ties))
-        decision = _stored(points, decision)
-    return decision.plan, certificate_of(compression, decision, points.unit, proposal)
+        _store(points, decision)
+        return decision.plan, certificate_of(points, decision, proposal)
 
 
 def _spectra(compression: Compression) -> dict[str, Floats]:
@@ -95,14 +97,15 @@ def _probed(points: OperatingPoints, probes: Choices) -> dict[str, list[Probe]]:
     }
 
 
-def _stored(points: OperatingPoints, decision: Decision) -> Decision:
-    """Store what was chosen: as it was measured, or fitted again in order under drift."""
-    compression = points.compression
-    if compression.job.settings.targets != "drift-corrected":
-        points.store(decision.integer.choice)
-        return decision
+def _store(points: OperatingPoints, decision: Decision) -> None:
+    """Store what was chosen: as it was measured, or fitted again in order under drift.
+
+    Embeddings are not in any block, and stay as they were measured.
+    """
+    compression, choice = points.compression, decision.integer.choice
+    if compression.job.targets == "original":
+        points.store(choice)
+        return
+    sites = compression.job.sites
+    points.store({s.name: choice[s.name] for s in sites if isinstance(s, EmbeddingSite)})
     fit_in_order(compression, decision.plan.recipes)
-    run = compression.run
-    return refitted(
-        decision, {name: points.unit.of(name, run.record(name)) for name in points.sites}
-    )

@@ -13,10 +13,9 @@ from convex_caldera.allocate.plan import Plan as IntegerPlan
 from convex_caldera.allocate.waterfilling import waterfilling_bits
 from convex_caldera.core.problem import Problem
 from convex_caldera.models.sites import Site
-from convex_caldera.workflow.compression import Compression
 from convex_caldera.workflow.deciding import Decision
-from convex_caldera.workflow.distortion_unit import DistortionUnit
 from convex_caldera.workflow.fitting import side_by_side
+from convex_caldera.workflow.operating_points import OperatingPoints
 from convex_caldera.workflow.planning import wishes_of
 from convex_caldera.workflow.proposal import Proposal
 
@@ -27,20 +26,29 @@ UNITS = {
 }
 
 
+DRIFT_STATEMENT = (
+    " The options were measured with the original weights as targets; the layers of the plan were "
+    "then fitted again, block after block, to targets that make up for the blocks before them. "
+    "Each layer's own weighted error is that of the layer as stored, its option's beside it."
+)
+
+
 def certificate_of(
-    compression: Compression,
-    decision: Decision,
-    unit: DistortionUnit,
-    proposal: Proposal | None = None,
+    points: OperatingPoints, decision: Decision, proposal: Proposal | None = None
 ) -> dict[str, Any]:
-    """Plain JSON; docs/certificate.md states what each field means and how it is rechecked."""
+    """Plain JSON; docs/certificate.md states what each field means and how it is rechecked.
+
+    Call it once the layers are stored: it states what they cost, beside what the options did.
+    """
+    compression, unit = points.compression, points.unit
     job, plan, integer = compression.job, decision.plan, decision.integer
     return {
-        "statement": statement_of(integer, unit.name),
+        "statement": statement_of(integer, unit.name, job.targets),
         "schema": SCHEMA,
         "method": job.settings.method,
         "unit": unit.name,
         "curvature": job.curvature,
+        "targets": job.targets,
         "budget_bytes": job.budget.compressed_bytes,
         "compressed_bytes": plan.compressed_bytes,
         "header_bytes": plan.compressed_bytes - integer.bits // 8,
@@ -48,11 +56,11 @@ def certificate_of(
         "curves": curves_to_dict(decision.curves),
         "plan": integer.to_dict(),
         "surrogate": None if proposal is None else _surrogate(proposal),
-        "layers": _layers(compression, decision, unit),
+        "layers": _layers(points, decision),
     }
 
 
-def statement_of(integer: IntegerPlan, unit: str) -> str:
+def statement_of(integer: IntegerPlan, unit: str, targets: str) -> str:
     """What the certificate proves, and what it does not."""
     gap = 100 * integer.plan_gap
     return (
@@ -64,6 +72,7 @@ def statement_of(integer: IntegerPlan, unit: str) -> str:
         "equals the model's measured loss, or that options which were not measured are worse. Not "
         "recheckable from the files: the distortions of options that were not chosen, and "
         "held_out_scale, the factor between a layer's error and its distortion."
+        + (DRIFT_STATEMENT if targets == "drift-corrected" else "")
     )
 
 
@@ -85,30 +94,38 @@ def _surrogate(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-def _layers(compression: Compression, decision: Decision, unit: DistortionUnit) -> dict[str, Any]:
+def _layers(points: OperatingPoints, decision: Decision) -> dict[str, Any]:
     """Per layer: option, bits, rank, losses, the waterfilling limit, and its low-rank program."""
-    job, fitter, integer = compression.job, compression.fitter, decision.integer
-    menus = {group.name: group for group in decision.curves.groups}
+    compression, integer = points.compression, decision.integer
+    fitter = compression.fitter
 
     def work(site: Site) -> dict[str, Any]:
-        name = site.name
-        record = compression.run.record(name)
+        name, label = site.name, integer.choice[site.name]
+        record, option = compression.run.record(name), points.record(name, label)
         problem = fitter.curvatures.problem(site, fitter.weight(site))
         limit = _limit(problem, record["loss"])
-        distortion = menus[name].option(integer.choice[name]).distortion
-        factor_bits = wishes_of(job.settings, name).factor_bits
+        scale = points.unit.scale_of(name, option)
+        factor_bits = wishes_of(compression.job.settings, name).factor_bits
         return {
-            "label": integer.choice[name],
+            "label": label,
             "bits": record["bits"],
             "rank": record["rank"],
             "loss": record["loss"],
             "relative_loss": record["relative_loss"],
-            "held_out_scale": unit.scale_of(name, record),
+            "option_loss": option["loss"],
+            "option_relative_loss": option["relative_loss"],
+            "held_out_scale": scale,
             "gap_to_waterfilling_bits": None if limit is None else record["bits"] - limit,
-            "program": _program(problem, record["loss"], distortion, integer.price, factor_bits),
+            "program": _program(
+                problem,
+                record["loss"],
+                integer.price * per_distortion(option["loss"], points.distortion(name, label)),
+                factor_bits,
+            ),
         }
 
-    found = {site.name: layer for site, layer in side_by_side(work, job.sites, 1)}
+    sites, workers = compression.job.sites, compression.workers
+    found = {site.name: layer for site, layer in side_by_side(work, sites, workers)}
     return dict(sorted(found.items()))
 
 
@@ -125,11 +142,15 @@ def _limit(problem: Problem, loss: float) -> float | None:
     return limit if limit < float("inf") else None
 
 
+def per_distortion(loss: float, distortion: float) -> float:
+    """From the plan's unit to that of a layer's loss; 0 where the option costs nothing."""
+    return loss / distortion if distortion > 0 else 0.0
+
+
 def _program(
-    problem: Problem, loss: float, distortion: float, price: float, factor_bits: int
+    problem: Problem, loss: float, price: float, factor_bits: int
 ) -> dict[str, Any] | None:
     """The low-rank program under the input side of the curvature, at the plan's price."""
-    if distortion <= 0:
+    if loss <= 0 or price <= 0:
         return None
-    price = price * (loss / distortion)  # from the plan's unit to that of the loss
     return layer_program(problem.W, problem.hessian.matrix, loss, price, factor_bits)

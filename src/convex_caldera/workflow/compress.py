@@ -19,7 +19,7 @@ import torch
 
 from convex_caldera.calibrate.text import token_windows
 from convex_caldera.errors import InterruptedRunError, RecipeError
-from convex_caldera.models.embeddings import copies_of
+from convex_caldera.models.embeddings import EmbeddingSite, copies_of
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
@@ -32,7 +32,7 @@ from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import allocate_convex
 from convex_caldera.workflow.choosing import sites_for
 from convex_caldera.workflow.compression import Compression
-from convex_caldera.workflow.curvatures import GRADIENT_KINDS
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS, GradientCurvatures
 from convex_caldera.workflow.decoders import with_decoders
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, Task, fit_missing
@@ -79,6 +79,8 @@ class Summary:
     peak_memory_bytes: int
     input_curvature_only: tuple[str, ...] = ()
     lossless_saved_bytes: int = 0
+    held_out_kl: float | None = None
+    held_out_kl_stderr: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
@@ -99,10 +101,15 @@ class Summary:
             f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
         ]
         if self.allocation is not None:
+            plan, gap = self.allocation, 100 * (self.allocation["plan_gap"] or 0.0)
             lines.append(
-                f"plan: predicted {self.allocation['distortion']:.5f} {self.allocation['unit']}, "
-                f"no plan within the budget is below {self.allocation['bound']:.5f} "
-                f"(gap {100 * (self.allocation['plan_gap'] or 0.0):.3f} %)"
+                f"plan: predicted {plan['distortion']:.5f} {plan['unit']}, at most {gap:.3f} % "
+                "above the best plan of the options measured"
+            )
+        if self.held_out_kl is not None:
+            error = "" if self.held_out_kl_stderr is None else f" ± {self.held_out_kl_stderr:.5f}"
+            lines.append(
+                f"KL on calibration windows held out: {self.held_out_kl:.5f}{error} nats per token"
             )
         if self.lossless_saved_bytes:
             lines.append(f"{self.lossless_saved_bytes:,} bytes saved on tensors kept bit for bit")
@@ -169,7 +176,7 @@ def prepare(settings: Settings) -> Job:
     budget = budget_of(settings, source, sites)
     check_ties(settings, sites)
     uniform_plan(sites, method, settings, budget)  # raises if infeasible, before any work
-    if settings.targets != "original" and method.menu is not None:
+    if settings.targets == "drift-corrected" and method.menu is not None:
         raise RecipeError(
             f"{method.name} stores the options it has measured; "
             f"leave out {settings.targets} targets"
@@ -180,7 +187,7 @@ def prepare(settings: Settings) -> Job:
         return job
     images = images_for(settings, job.curvature, skeleton, sites)
     if job.curvature == "none":
-        if settings.targets != "original":
+        if settings.targets == "drift-corrected":
             raise RecipeError(
                 f"{settings.targets} targets need calibration, and {settings.method} sees no data; "
                 "choose --curvature input"
@@ -248,27 +255,37 @@ def fit_all(
         plan, certificate = allocate_convex(compression)
     else:
         plan = _fit_uniformly(compression)
-    return plan, certificate, curvatures.notes()
+    return plan, certificate, {**curvatures.notes(), **_together(compression)}
+
+
+def _together(compression: Compression) -> dict[str, Any]:
+    """What all layers cost together on windows held out, where the whole model is at hand."""
+    curvatures, run = compression.fitter.curvatures, compression.run
+    if not isinstance(curvatures, GradientCurvatures) or not curvatures.has_held_out:
+        return {}
+    layers = {site.name: run.get(site.name).decode() for site in compression.job.sites}
+    found = curvatures.held_out_kl(layers, compression.progress)
+    return {} if found is None else {"held_out_kl": asdict(found)}
 
 
 def _fit_uniformly(compression: Compression) -> Plan:
     """The method's uniform plan, every layer fitted and stored."""
     job = compression.job
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
-    if job.settings.targets == "drift-corrected":
-        if job.method.share is not None:
-            raise RecipeError(
-                f"{job.method.name} trains decoders for several layers at once; it cannot correct "
-                "for the drift of those before them"
-            )
-        fit_in_order(compression, plan.recipes)
-        return plan
+    drifts = job.targets == "drift-corrected"
+    if drifts and job.method.share is not None:
+        raise RecipeError(
+            f"{job.method.name} trains decoders for several layers at once; it cannot correct "
+            "for the drift of those before them"
+        )
+    # Embeddings are not in any block: nothing drifts before them.
+    alone = [site for site in job.sites if not drifts or isinstance(site, EmbeddingSite)]
     primed = {} if job.method.share is None else with_decoders(compression, plan.recipes)
-    tasks = [
-        Task(site.name, site, plan.recipes[site.name], primed.get(site.name)) for site in job.sites
-    ]
+    tasks = [Task(s.name, s, plan.recipes[s.name], primed.get(s.name)) for s in alone]
     run, progress, workers = compression.run, compression.progress, compression.workers
     fit_missing(compression.fitter, tasks, run, "layers", progress, workers)
+    if drifts:
+        fit_in_order(compression, plan.recipes)
     return plan
 
 
@@ -282,7 +299,8 @@ def _summary(
     seconds: float,
 ) -> Summary:
     sizes = container.sizes()
-    records = container.report()["layers"]
+    report = container.report()
+    records, together = report["layers"], report.get("held_out_kl", {})
     return Summary(
         output=str(out),
         method=job.settings.method,
@@ -304,6 +322,8 @@ def _summary(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         input_curvature_only=tuple(container.report().get("input_curvature_only", ())),
+        held_out_kl=together.get("kl"),
+        held_out_kl_stderr=together.get("kl_stderr"),
     )
 
 

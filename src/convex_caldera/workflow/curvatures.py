@@ -51,6 +51,7 @@ from convex_caldera.models.embeddings import without_embeddings
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.workflow.held_out_kl import HeldOutKL, kl_of_windows
 from convex_caldera.workflow.images import ImageSet
 from convex_caldera.workflow.perturbation import measured_kl
 from convex_caldera.workflow.progress import Progress
@@ -189,6 +190,16 @@ class GradientCurvatures:
     @property
     def has_held_out(self) -> bool:
         return len(self._held_out) > 0
+
+    def held_out_kl(self, layers: Mapping[str, Tensor], progress: Progress) -> HeldOutKL | None:
+        """KL(original || model with these weights) on the windows that no curvature saw.
+
+        Args:
+            layers: name -> its weight W^ (m, n), of all compressed layers.
+        """
+        windows = self._held_out[:SEARCHED]
+        progress.start("held-out KL", len(windows))
+        return kl_of_windows(self._model, layers, windows, progress.advance)
 
     def held_out_loss(
         self, errors: Mapping[str, Sequence[Tensor]], seed: int, progress: Progress

@@ -7,12 +7,12 @@ the plan. So the budget of the program is what the headers leave, found in a few
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from convex_caldera.allocate.curves import Curves
 from convex_caldera.allocate.menu import build_menus
 from convex_caldera.allocate.plan import Plan as IntegerPlan
-from convex_caldera.allocate.plan import allocate, certify_choice
+from convex_caldera.allocate.plan import allocate
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.errors import InfeasibleBudgetError
 from convex_caldera.workflow.job import Job
@@ -58,25 +58,6 @@ def decide(job: Job, menus: Menus, curves: Curves) -> Decision:
             8 * size,
         )
     return Decision(Plan(recipes, shapes, size, job.budget), integer, curves)
-
-
-def refitted(decision: Decision, distortions: Mapping[str, float]) -> Decision:
-    """The same plan, certified again with what its layers cost as they were fitted in the end."""
-    choice = decision.integer.choice
-    groups = tuple(
-        replace(
-            group,
-            options=tuple(
-                replace(o, distortion=distortions[group.name])
-                if o.label == choice[group.name]
-                else o
-                for o in group.options
-            ),
-        )
-        for group in decision.curves.groups
-    )
-    curves = Curves(groups, decision.curves.ties)
-    return Decision(decision.plan, certify_choice(curves, decision.integer), curves)
 
 
 def _recipes(

@@ -153,6 +153,12 @@ def _kind(settings: Settings) -> str:
     return own if settings.curvature == "auto" else settings.curvature
 
 
+def _corrects_drift(settings: Settings) -> bool:
+    chosen = settings.targets
+    own = method_named(settings.method).targets
+    return (own if chosen == "auto" else chosen) == "drift-corrected"
+
+
 def _memory(settings: Settings, skeleton: Skeleton, sites: Sequence[Site]) -> dict[str, int]:
     """Bytes at the peak, by what takes them; each layer is fitted with a few copies of itself."""
     kind = _kind(settings)
@@ -165,7 +171,7 @@ def _memory(settings: Settings, skeleton: Skeleton, sites: Sequence[Site]) -> di
         **(_image_memory(skeleton, sites) if kind == "input" else {}),
         **(_gradient_memory(settings, skeleton) if kind in GRADIENT_KINDS else {}),
         **(_input_memory(settings, skeleton) if kind == "input" else {}),
-        **(_drift_memory(settings, skeleton) if settings.targets == "drift-corrected" else {}),
+        **(_drift_memory(settings, skeleton) if _corrects_drift(settings) else {}),
         "layers being fitted": WORKERS * (FIT_COPIES * 4 * largest + 4 * 8 * widest * widest),
     }
 

@@ -37,7 +37,7 @@ def finish(
             "method": job.settings.method,
             "curvature": job.curvature,
             **notes,
-            "targets": job.settings.targets,
+            "targets": job.targets,
             "budget_bytes": job.budget.compressed_bytes,
             "budget": job.budget.wording,
             "planned_bytes": plan.compressed_bytes,

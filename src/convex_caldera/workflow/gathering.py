@@ -53,7 +53,7 @@ def images_for(
     """
     count = len(skeleton.structure.blocks)
     beyond = [site.name for site in sites if site.block >= count]
-    if beyond and settings.targets != "original":
+    if beyond and settings.targets == "drift-corrected":
         raise RecipeError(
             f"{settings.targets} targets are of the language model, which does not hold "
             f"{beyond[0]}; choose --targets original or --modules language"

@@ -45,7 +45,7 @@ def allocate_menu(compression: Compression) -> tuple[Plan, dict[str, Any]]:
         ties = ties_of(job.settings.tie, job.sites)
         decision = decide(job, menus, points.curves(menus, ties))
         points.store(decision.integer.choice)
-    return decision.plan, certificate_of(compression, decision, points.unit)
+        return decision.plan, certificate_of(points, decision)
 
 
 def menus_of(job: Job) -> Menus:

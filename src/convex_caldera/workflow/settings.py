@@ -75,8 +75,8 @@ class Settings(BaseModel):
     allow_short: bool = False
     curvature: Literal["auto", "none", "input", "kronecker", "guided"] = "auto"
     curvature_fallback: Literal["none", "input"] = "none"
-    shrinkage: str = "none"
-    targets: Literal["original", "drift-corrected"] = "original"
+    shrinkage: str = "auto"
+    targets: Literal["auto", "original", "drift-corrected"] = "auto"
     modules: str = "language"
     images: str | None = None
     diag_hessians: str | None = None
@@ -93,11 +93,8 @@ class Settings(BaseModel):
             parse_size(self.size)
         if self.ratio is not None:
             parse_ratio(self.ratio)
-        parse_shrinkage(self.shrinkage)
-        if self.embeddings and self.targets != "original":
-            raise ValueError(
-                f"{self.targets} targets follow the decoder block by block; leave out embeddings"
-            )
+        if self.shrinkage != "auto":
+            parse_shrinkage(self.shrinkage)
         if self.diag_hessians is not None:
             self._alone("diag_hessians", ("curvature", "images", "targets", "shrinkage"))
         for menu in (self.bits_menu, self.rank_menu):
