@@ -8,13 +8,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Rooms whose types are checked.
 TYPED := src/convex_caldera/linalg src/convex_caldera/core src/convex_caldera/fit
-# Test processes; each keeps to one thread so that they do not fight over the cores.
+# Test processes; each keeps to one thread so that they do not fight over the cores. Each begins
+# with its own half of the tests, so that most modules make their fixtures once. anyio comes with
+# another package; nothing here is asynchronous.
 JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -p no:anyio
 
 # glibc returns freed arrays to the system at once and faults them in again; keeping them is
 # about a fifth faster where large temporaries come and go, and takes half as much memory again.
 test test-slow: export MALLOC_TRIM_THRESHOLD_ := -1
 test test-slow: export MALLOC_MMAP_MAX_ := 0
+# pytest compiles each test file anew, with what its assertions are to say, unless it may keep it.
+unexport PYTHONDONTWRITEBYTECODE
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -25,10 +30,10 @@ demo: venv  ## compress the bundled model to 2.2 bits and compare it with the or
 	@$(BIN)/convex-caldera demo
 
 test: venv  ## all tests but the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
-test-slow: venv  ## the slow tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(PYTEST_ARGS)
+test-slow: venv  ## the slow tests, and every law on all of its examples
+	@$(PYTEST) -m "slow or hypothesis" --hypothesis-profile=thorough $(PYTEST_ARGS)
 
 lint: venv  ## format, style, types and the import contract
 	$(BIN)/ruff format --check --quiet .

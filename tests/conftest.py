@@ -10,10 +10,13 @@ import pytest
 from hypothesis import settings
 
 from tests import tiny_models
+from tests.examples import QUICK, THOROUGH
 
-# Deterministic, so that a red run is red for everybody; to search further, run
-# pytest --hypothesis-profile=explore.
-settings.register_profile("house", deadline=None, derandomize=True, database=None)
+# Deterministic, so that a red run is red for everybody: few examples in every run, all of them
+# in `make test-slow`; to search further, run pytest --hypothesis-profile=explore.
+fixed = settings(deadline=None, derandomize=True, database=None)
+settings.register_profile("house", fixed, max_examples=QUICK)
+settings.register_profile("thorough", fixed, max_examples=THOROUGH)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("house")
 

@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate import (
@@ -17,6 +17,7 @@ from convex_caldera.allocate import (
 )
 from convex_caldera.allocate.menu import build_menus, lower_hull
 from convex_caldera.errors import DataError, RecipeError
+from tests.examples import examples
 
 GOOD = {
     "groups": [
@@ -44,7 +45,7 @@ def _changed(path: list, value) -> str:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**53), st.floats(0, 1e300)), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=50)
+@examples(50)
 def test_curves_round_trip_bit_for_bit(tmp_path_factory, points):
     options = tuple(Option(f"o{i}", bits, loss) for i, (bits, loss) in enumerate(points))
     curves = Curves((Group("a", 3, options), Group("b", 0, options)), (("b",),))
@@ -119,7 +120,6 @@ def test_menu_contradictory_pin_is_refused(pins, says):
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.floats(0, 8)), min_size=1, max_size=12))
-@settings(deadline=None)
 def test_hull_is_below_every_point_and_descends_convexly(points):
     points.sort()
     bits, loss = [p[0] for p in points], [p[1] for p in points]

@@ -8,11 +8,12 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate import Curves, Group, Option, allocate, core_search, frontier
 from convex_caldera.errors import InfeasibleBudgetError, RecipeError
+from tests.examples import examples
 from tests.oracles.core_replay import no_plan_below
 
 
@@ -49,7 +50,7 @@ def replayed_bound(curves: Curves, price: float, budget: int) -> Fraction:
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6), st.floats(0, 1))
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_plan_equals_brute_force(groups, options, seed, where):
     curves = random_curves(groups, options, seed)
     least = sum(min(o.bits for o in g.options) for g in curves.groups)
@@ -71,7 +72,7 @@ def test_plan_equals_brute_force(groups, options, seed, where):
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1))
-@settings(deadline=None, max_examples=20)
+@examples(20)
 def test_plan_of_tied_groups_equals_brute_force(seed, where):
     curves = random_curves(5, 4, seed)
     curves = Curves(curves.groups, (("g001", "g003", "g004"),))

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate.price import Rates, rate_value, saturation, settle
 from convex_caldera.allocate.program import solve_program
+from tests.examples import examples
 
 ROUNDING = 1e-9  # relative; roots are found to 1e-15 of the unknown y = lambda / kappa - s
 
@@ -44,7 +45,7 @@ def energy(rates: Rates, a: np.ndarray, s: np.ndarray) -> np.ndarray:
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_settle_meets_the_optimality_conditions(seed):
     rates, a = random_rates(seed)
     found = settle(rates, a)
@@ -62,7 +63,7 @@ def test_settle_meets_the_optimality_conditions(seed):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_settle_is_a_saddle_point(seed):
     """No other multipliers or price give a larger dual value, and the primal value equals it."""
     rates, a = random_rates(seed)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate.rank_energy import factor_noise, log_energies, spectrum
@@ -17,9 +17,10 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.core.recipe import Quantize, Recipe
 from convex_caldera.fit.backfit import fit_layer
 from convex_caldera.recipes.convex import convex_caldera_recipe
+from tests.examples import examples
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
 def test_spectrum_is_that_of_the_singular_values(m: int, n: int, seed: int) -> None:
     W = torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -27,7 +28,7 @@ def test_spectrum_is_that_of_the_singular_values(m: int, n: int, seed: int) -> N
     np.testing.assert_allclose(spectrum(W), expected, atol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 9), st.integers(2, 4))
 def test_log_energies_are_eckart_young_and_rise_with_noise(
     m: int, n: int, seed: int, bits: int

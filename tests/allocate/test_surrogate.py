@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate import RateModel, fit_decay, solve_surrogate
 from convex_caldera.errors import DataError, InfeasibleBudgetError, RecipeError
+from tests.examples import examples
 
 GAP = 1e-12  # the price is bisected to the last bit of its logarithm
 
@@ -54,7 +55,7 @@ def envelope(model: RateModel, rho: float) -> float:
 
 
 @given(st.integers(1, 5), st.integers(0, 10**6), st.floats(0, 1.2))
-@settings(deadline=None, max_examples=80)
+@examples(80)
 def test_surrogate_is_feasible_and_certified(count, seed, where):
     models = random_models(count, seed)
     least, most = ends(models)
@@ -77,7 +78,7 @@ def test_surrogate_is_feasible_and_certified(count, seed, where):
 
 
 @given(st.integers(1, 4), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=30)
+@examples(30)
 def test_surrogate_no_exchange_of_bits_helps(count, seed):
     models = random_models(count, seed)
     least, most = ends(models)
@@ -197,7 +198,6 @@ def test_surrogate_bad_model_is_refused(change, error):
 
 
 @given(st.floats(1e-6, 1e6), st.floats(0.1, 5))
-@settings(deadline=None)
 def test_decay_recovers_an_exact_exponential(scale, decay):
     bits = [1.0, 2.0, 3.5, 5.0]
     c, k = fit_decay(bits, [scale * math.exp(-decay * b) for b in bits])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.forging.forger import write_manifest
@@ -18,6 +18,7 @@ from convex_caldera.certify import verify
 from convex_caldera.certify.strict import parse
 from convex_caldera.errors import FormatError
 from tests.certify.making import make
+from tests.examples import examples
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -178,7 +179,7 @@ def test_damaged_model_and_statistics_are_false_claims(copy, honest, tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_any_altered_byte_is_noticed(honest, data):
     files = sorted(p for p in honest.output.rglob("*") if p.is_file())
     path = data.draw(st.sampled_from(files))
@@ -194,7 +195,7 @@ def test_any_altered_byte_is_noticed(honest, data):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_altered_header_escapes_as_an_exception(honest, data):
     """The attacker repairs the manifest; what the reader then makes of it must be a verdict."""
     shard = next(honest.output.glob("model-compressed-*"))
@@ -213,7 +214,7 @@ def test_no_altered_header_escapes_as_an_exception(honest, data):
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_parsing_gives_the_value_or_a_format_error(value):
     text = json.dumps(value).encode()
     try:
@@ -233,6 +234,7 @@ class Refuse:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 from convex_caldera.certify import verify
+from tests.examples import examples
 found = verify({str(honest.output)!r}, {str(honest.model)!r}, {str(honest.hessians)!r})
 print(found.text())
 assert found.ok

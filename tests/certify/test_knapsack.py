@@ -8,7 +8,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate import allocate
@@ -23,6 +23,7 @@ from convex_caldera.certify.knapsack import (
     read_plan,
 )
 from convex_caldera.errors import CheckError, ConvexCalderaError, FormatError
+from tests.examples import examples
 
 menus = st.lists(
     st.lists(st.tuples(st.integers(0, 40), st.floats(0, 10, width=16)), min_size=1, max_size=4),
@@ -55,7 +56,7 @@ def replay(curves, plan):
 
 
 @given(menus, st.integers(0, 160), st.floats(0, 5))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_price_bound_holds_for_every_plan(rows, budget, price):
     curves = read_curves(curves_to_dict(curves_of(rows)))
     bound = price_bound(curves, Fraction(price), budget)
@@ -63,7 +64,7 @@ def test_price_bound_holds_for_every_plan(rows, budget, price):
 
 
 @given(menus, st.integers(0, 160), st.floats(0, 5), st.fractions(0, 40))
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_core_search_agrees_with_enumeration(rows, budget, price, claim):
     curves = read_curves(curves_to_dict(curves_of(rows)))
     units = [list(merged(curves, unit).values()) for unit in curves.units]
@@ -74,7 +75,7 @@ def test_core_search_agrees_with_enumeration(rows, budget, price, claim):
 
 
 @given(menus, st.data())
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_allocators_plans_are_accepted_and_flattery_is_not(rows, data):
     tie = (("g0", "g1"),) if len(rows) > 1 and data.draw(st.booleans()) else ()
     ours = curves_of(rows, tie)

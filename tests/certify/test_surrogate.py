@@ -10,12 +10,13 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.allocate.surrogate import RateModel, solve_surrogate
 from convex_caldera.certify.surrogate import compare, dual_value, read_group, tangent_bound
 from convex_caldera.errors import CheckError, FormatError
+from tests.examples import examples
 
 positive = st.floats(0.1, 3)
 models = st.builds(
@@ -45,7 +46,7 @@ def solved(rows, budget):
 
 
 @given(st.lists(models, min_size=1, max_size=3), st.floats(0.01, 1))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_solver_is_accepted_and_flattery_is_not(rows, share):
     least = sum(m.weights * m.bits[0] for m in rows)
     most = sum(m.weights * (m.bits[1] + 1.5) for m in rows)
@@ -60,7 +61,7 @@ def test_solver_is_accepted_and_flattery_is_not(rows, share):
 
 
 @given(models, st.floats(0, 3))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_dual_is_below_a_grid_of_allocations(model, price):
     groups, _ = solved([model], 1e6)
     bound = dual_value(groups, Decimal(price), Decimal(0))

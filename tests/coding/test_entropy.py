@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,11 +17,12 @@ from convex_caldera.coding.rans import Rans
 from convex_caldera.core.protocols import Coder
 from convex_caldera.errors import FormatError, RecipeError
 from convex_caldera.quantizers import E8P, KMeans, LloydMax, NormalFloat, Trellis, Uniform
+from tests.examples import examples
 
 KINDS = sorted(coding.TABLE)
 PLAIN = {"huffman": huffman.decode_plain, "rans": rans.decode_plain}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-quick = settings(max_examples=40, deadline=None)
+quick = examples(40)
 
 
 def coder(kind: str, width: int) -> Coder:

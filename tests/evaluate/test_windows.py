@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import DataError, RecipeError
 from convex_caldera.evaluate.windows import token_windows
 from tests.evaluate.tiny import TEXT, byte_tokenizer
+from tests.examples import examples
 
 TOKENIZERS = {bos: byte_tokenizer(bos) for bos in (True, False)}
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(
     length=st.integers(2, 90),
     window=st.integers(2, 40),

@@ -1,7 +1,7 @@
 """T4: LDLQ under a diagonal metric is nearest; it is GPTQ; its loss is sum_j D_j |e_j|^2."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.core.hessian import Hessian
@@ -9,6 +9,7 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest, round_two_sided
 from convex_caldera.linalg.factor import block_unit_upper
 from convex_caldera.quantizers.uniform import Uniform
+from tests.examples import examples
 from tests.oracles.gptq import gptq_codes
 from tests.oracles.toy import Grid
 from tests.problems import correlated_hessian, gaussian
@@ -17,7 +18,7 @@ SIZES = st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**31))
 
 
 @given(SIZES)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_ldlq_under_a_diagonal_metric_is_nearest(size):
     m, n, seed = size
     W = gaussian(m, n, seed)
@@ -28,7 +29,7 @@ def test_ldlq_under_a_diagonal_metric_is_nearest(size):
 
 
 @given(SIZES)
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_ldlq_codes_equal_gptq_codes(size):
     m, n, seed = size
     W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)
@@ -38,7 +39,7 @@ def test_ldlq_codes_equal_gptq_codes(size):
 
 
 @given(SIZES, st.sampled_from([1, 4, 8]))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_ldlq_loss_is_the_blockwise_sum_of_rounding_errors(size, block):
     m, n, seed = size
     W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)
@@ -61,7 +62,7 @@ def test_ldlq_panels_do_not_change_codes(monkeypatch):
 
 
 @given(SIZES)
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_scalar_refinement_never_raises_the_loss(size):
     m, n, seed = size
     W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)
@@ -86,7 +87,7 @@ def test_inputs_are_left_alone():
 
 
 @given(SIZES, st.sampled_from([1, 4]), st.sampled_from([1, 3, 16]))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_two_sided_rounding_with_identity_outputs_is_ldlq(size, block, rows):
     m, n, seed = size
     W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)
@@ -98,7 +99,7 @@ def test_two_sided_rounding_with_identity_outputs_is_ldlq(size, block, rows):
 
 
 @given(SIZES, st.sampled_from([1, 4]), st.sampled_from([1, 3]))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_two_sided_loss_is_the_tilewise_sum_of_rounding_errors(size, block, rows):
     m, n, seed = size
     W, hessian = gaussian(m, n, seed), correlated_hessian(n, seed % 1000)

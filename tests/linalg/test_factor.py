@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import NumericalError, ShapeError
 from convex_caldera.linalg.factor import block_ldl, block_unit_upper, checked_cholesky
+from tests.examples import examples
 
 # Condition numbers below are at most ~1e4, so float64 leaves far less than this.
 TIGHT = 1e-10
@@ -17,7 +18,7 @@ def positive_definite(n: int, seed: int) -> torch.Tensor:
     return X @ X.T / X.shape[1] + 0.01 * torch.eye(n).double()
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(n=st.integers(1, 23), block=st.integers(1, 9), seed=st.integers(0, 99))
 def test_block_ldl_reproduces_and_has_its_structure(n: int, block: int, seed: int) -> None:
     H = positive_definite(n, seed)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import ShapeError
@@ -17,6 +17,7 @@ from convex_caldera.linalg.hadamard import (
     rotate,
     sylvester,
 )
+from tests.examples import examples
 from tests.oracles import paley as oracle
 
 # Widths of published models that other packages refuse, small odd ones, and the rule's choice.
@@ -76,7 +77,7 @@ def test_paley2_is_hadamard_and_symmetric(q: int) -> None:
     assert np.array_equal(B, B.T)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(order=st.integers(1, 200))
 def test_hartley_is_symmetric_orthogonal_and_flat(order: int) -> None:
     C = hartley(order)
@@ -127,7 +128,7 @@ def test_rotate_is_inverted_and_preserves_length(n: int) -> None:
     assert torch.allclose(y.norm(dim=1), x.norm(dim=1), rtol=TIGHT)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(n=st.integers(1, 260), seed=st.integers(0, 9))
 def test_rotate_is_orthogonal_at_any_order(n: int, seed: int) -> None:
     x = torch.randn(2, 3, n, generator=torch.Generator().manual_seed(seed)).double()

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from convex_caldera.errors import NumericalError, RecipeError, ShapeError
 from convex_caldera.linalg import svd
 from convex_caldera.linalg.svd import top_left_singular, truncated_svd
+from tests.examples import examples
 
 TIGHT = 1e-9  # float64; spectra below have condition numbers up to ~1e4 before squaring
 # The iterative way stops when a round adds < 1e-2 of the last wanted sigma^2 to the sum.
@@ -47,7 +48,7 @@ def remaining_loss(A: Tensor, U: Tensor, root: np.ndarray) -> float:
 KINDS = ("identity", "diagonal", "full")
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(
     m=st.integers(1, 15),
     n=st.integers(1, 15),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.linalg.thresholding import GRAM_RANGE, Thresholder, gram_svd
+from tests.examples import examples
 
 SHAPES = [(1, 1), (7, 3), (3, 7), (12, 12), (130, 110)]  # the last one goes by subspaces
 
@@ -21,7 +22,7 @@ def draw(m: int, n: int, seed: int, decades: float = 2.0) -> torch.Tensor:
 
 
 @given(st.sampled_from(SHAPES), st.integers(0, 1000), st.floats(0.0, 12.0))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_gram_svd_has_unit_columns_in_order_and_large_values_right(shape, seed, decades):
     G = draw(*shape, seed, decades)
     U, S, V = gram_svd(G)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from convex_caldera.quantizers import (
     Trellis,
     Uniform,
 )
+from tests.examples import examples
 
 EXAMPLES: list[Quantizer] = [
     Uniform(1, 16),
@@ -138,7 +139,7 @@ def test_a_codeword_encodes_to_itself(quantizer: Quantizer, shape: tuple[int, in
 
 
 @every_exact
-@settings(max_examples=5)
+@examples(5)
 @given(st.integers(0, 10**6), st.floats(0.1, 10))
 def test_encode_is_nearest_among_random_codes(
     quantizer: Quantizer, seed: int, spread: float

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.certify import decode_neural
@@ -30,6 +30,7 @@ from convex_caldera.quantizers.neural_start import cosine_basis, linear_decoder
 from convex_caldera.quantizers.neural_training import Training, train
 from convex_caldera.recipes.records import from_record, to_record
 from convex_caldera.storage.shard import NAMES
+from tests.examples import examples
 
 SMALL = Neural(8, 4, (2,), (2,), 10, (1, 1), epochs=2, encoder_width=4, embed_bits=4)
 
@@ -73,7 +74,7 @@ def test_layers_unfold_an_embedding_into_a_patch(shape: DecoderShape) -> None:
     assert torch.equal(again.decode(e), decoder.decode(e))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.integers(1, 16), st.sampled_from([(2,), (4,), (2, 2), (4, 2)]), st.integers(0, 99))
 def test_training_starts_from_the_linear_code(
     channels: int, strides: tuple[int, ...], seed: int

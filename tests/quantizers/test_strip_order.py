@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
 from convex_caldera.quantizers import DoubleScale, NormalFloat, StripOrder, Uniform
 from convex_caldera.quantizers.strip_kernels import chain, chain_reference
+from tests.examples import examples
 
 
 def gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +29,7 @@ def striped(m: int, n: int) -> torch.Tensor:
     )
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
 def test_chain_is_the_greedy_chain(rows: int, n: int, seed: int) -> None:
     part = gaussian(rows, n, seed).numpy()

@@ -9,13 +9,14 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
 from convex_caldera.quantizers import trellis_stream, trellis_viterbi
 from convex_caldera.quantizers.trellis import FittedTrellis, Trellis
 from convex_caldera.quantizers.trellis_codes import Code
+from tests.examples import examples
 
 SMALL = Trellis(bits=2.0, state_bits=8)
 KINDS = [
@@ -180,7 +181,7 @@ def loss_of(
     return float(((levels[states] - x) ** 2).sum())
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(
     sixteenths=st.sampled_from([16, 20, 24, 32, 40]),
     L=st.integers(4, 6),
@@ -202,7 +203,7 @@ def test_chained_viterbi_is_the_best_of_all_streams(
         )
 
 
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(
     sixteenths=st.sampled_from([16, 24, 32]),
     L=st.integers(4, 6),

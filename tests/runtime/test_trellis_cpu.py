@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from convex_caldera.quantizers.trellis import FittedTrellis, Trellis
 from convex_caldera.quantizers.trellis_stream import Tiling
 from convex_caldera.runtime.kernels import REFERENCE, kernel_for, trellis_cpu
+from tests.examples import examples
 
 # Encoders do not matter to a decoder: streams are random bits, of every format a file may have.
 QUANTIZERS = {
@@ -42,7 +43,7 @@ def random_coded(
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     m=st.integers(1, 70), n=st.integers(1, 50), tokens=st.integers(1, 4), seed=st.integers(0, 99)
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.certify.lossless import original_bytes
@@ -21,13 +21,14 @@ from convex_caldera.runtime.load import load
 from convex_caldera.storage import Container, export_dense, open_container
 from convex_caldera.storage.lossless import LOSSLESS_KEY
 from convex_caldera.storage.shard import read_header, tensor_bytes
+from tests.examples import examples
 from tests.storage.making import make_output
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 320
 KINDS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from([2, 4]), st.binary(max_size=120))
 def test_planes_come_back_bit_for_bit_whatever_the_bits(width: int, raw: bytes) -> None:
     """NaN payloads, infinities, subnormals and negative zeros included."""
@@ -37,7 +38,7 @@ def test_planes_come_back_bit_for_bit_whatever_the_bits(width: int, raw: bytes) 
     assert decode_planes(stream, count, width).tobytes() == raw
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.sampled_from([2, 4]), st.binary(max_size=90), st.data())
 def test_planes_refuse_what_is_cut_or_prolonged(width: int, raw: bytes, data: Any) -> None:
     raw = raw[: len(raw) // width * width]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.core.protocols import FittedTransform, Transform
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
 from convex_caldera.transforms import TABLE, ActOrder, ColumnScale, Diagonal, RandomizedHadamard
+from tests.examples import examples
 
 TRANSFORMS: tuple[Transform, ...] = (
     RandomizedHadamard(),
@@ -53,7 +54,7 @@ def test_table_names_each_kind_once() -> None:
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=IDS)
-@settings(deadline=None, max_examples=25)
+@examples(25)
 @given(shape=SHAPES, seed=st.integers(0, 99))
 def test_transform_preserves_problem_and_output(
     transform: Transform, shape: tuple[int, int], seed: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import InfeasibleBudgetError
@@ -18,6 +18,7 @@ from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.estimate import estimate
 from convex_caldera.workflow.settings import make_settings
+from tests.examples import examples
 from tests.workflow.running import NSAMPLES, SEQLEN, shard_bytes
 
 # A layer of more weights than headers; neither width is a power of two.
@@ -51,7 +52,7 @@ def least_bits(method: str, model: Path, text: Path) -> int:
 
 @pytest.mark.parametrize("method", METHODS)
 @given(budget=bits)
-@settings(max_examples=12)
+@examples(12)
 def test_plans_stay_within_bits(wide: Path, text: Path, method: str, budget: float) -> None:
     wish = make(wide, method, text, bits=budget)
     if budget * WEIGHTS < (least := least_bits(method, wide, text)):
@@ -65,7 +66,7 @@ def test_plans_stay_within_bits(wide: Path, text: Path, method: str, budget: flo
 
 
 @given(budget=bits, size=st.integers(KEPT_BYTES, KEPT_BYTES + 60_000))
-@settings(max_examples=8)
+@examples(8)
 def test_files_stay_within_bits_and_bytes(
     wide: Path, text: Path, tmp_path_factory: pytest.TempPathFactory, budget: float, size: int
 ) -> None:

@@ -1,7 +1,7 @@
 """Uniform filling: never over budget, never room left for one more step of any layer."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from convex_caldera.errors import InfeasibleBudgetError
@@ -27,7 +27,6 @@ def cases(draw):
 
 
 @given(cases())
-@settings(deadline=None)
 def test_filling_stays_within_the_budget(case):
     ladders, budget = case
     measure = total(ladders)
