@@ -80,7 +80,7 @@ def _first_points(x: Tensor, neighbors: int) -> list[Tensor]:
         gap = x - point
         largest = gap.abs().sort(dim=1, descending=True, stable=True).indices
         for j in range(1, neighbors + 1):
-            pair = largest[:, [0, j]]
+            pair = largest[:, : j + 1 : j]  # the largest and the j-th
             step = torch.where(gap.gather(1, pair) < 0, -1.0, 1.0)
             moved = point.scatter_add(1, pair, step)
             beside = e8p_points.nearest_e8p(moved)

@@ -219,14 +219,14 @@ def entropy_constrained(
 ) -> tuple[Tensor, Tensor]:
     """(codebook (K, dim), lambda * length (K,)) of least error with at most `rate` bits a block.
 
-    Points stand for as many blocks as their weight says.
+    Points stand for as many blocks as their weight says; all is worked out on the CPU.
     """
     stands_for = weights.amax(1)
     inside = weights / stands_for[:, None]  # 0 where a row's last block has no column
     problem = _Problem(points.contiguous().numpy(), inside.numpy(), stands_for.double().numpy())
     variance = max(float((points.double() ** 2 * weights).sum() / weights.sum()), 1e-30)
     low, high = math.log2(variance) - 2 * rate / quantizer.dim - 6, math.log2(variance) + 6
-    first = start.float().numpy()
+    first = start.float().cpu().numpy()
 
     def solve(price: float) -> tuple[np.ndarray, np.ndarray, float]:
         return problem.solve(first, price, quantizer.iterations)

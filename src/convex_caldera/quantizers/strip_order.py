@@ -118,7 +118,8 @@ class StripOrder:
         packed = checked_tensor(tensors, "order", size, dtype)
         rows, n = self.strips(shape[0]), shape[1]
         order = unpack_bits(packed, self.width(n), rows * n).view(rows, n).long()
-        if not torch.equal(order.sort(1).values, torch.arange(n).expand(rows, n)):
+        columns = torch.arange(n, device=order.device).expand(rows, n)
+        if not torch.equal(order.sort(1).values, columns):
             raise FormatError(f"order does not list each of {n} columns once in every strip")
         inner = self.inner.restore(shape, inner_tensors(self.inner, shape, tensors, INNER))
         return FittedStripOrder(self, shape, order, inner)

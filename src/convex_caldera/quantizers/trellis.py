@@ -125,7 +125,7 @@ class Trellis:
         scale = (gain * best_spread(self.bits) * rms / sigma).float().reshape(1)
         rows = multiplier = None
         if self.row_scales:
-            ratio = power.mean(dim=1).sqrt() / rms if rms > 0 else torch.ones(W.shape[0])
+            ratio = power.mean(dim=1).sqrt() / rms if rms > 0 else W.new_ones(W.shape[0])
             rows = ratio.clamp(max=6e4).half()
         if self.code == "weyl":
             multiplier = torch.tensor(
@@ -152,14 +152,19 @@ class Trellis:
         if self.row_scales:
             rows = checked_tensor(given, "row_scale", (shape[0],), torch.float16)
         if self.code == "weyl":
-            multiplier = checked_tensor(given, "multiplier", (1,), torch.uint32)
+            multiplier = checked_tensor(given, "multiplier", (1,), torch.uint32).cpu()
         return FittedTrellis(self, shape, scale, rows, multiplier)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class FittedTrellis:
-    """A trellis with its scales. Codes are uint8 (tile rows, column blocks x tile bytes)."""
+    """A trellis with its scales. Codes are uint8 (tile rows, column blocks x tile bytes).
+
+    The word `multiplier` stays on the CPU, where formulas are chosen; all else is where it was.
+    On the CPU kernels are compiled (`trellis_viterbi`, `trellis_bits`), elsewhere plain torch
+    does the same (`trellis_torch`). The beam runs on the CPU alone: targets go there, codes back.
+    """
 
     quantizer: Trellis
     shape: tuple[int, int]
@@ -190,23 +195,23 @@ class FittedTrellis:
     @cached_property
     def _scales(self) -> Tensor:
         """What a level is multiplied by in each row, (m or 1, 1) float32."""
-        rows = torch.ones(1) if self.row_scale is None else self.row_scale.float()
-        return (self.scale * rows)[:, None]
+        return (self.scale if self.row_scale is None else self.scale * self.row_scale.float())[
+            :, None
+        ]
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         check_columns(x, self.shape, start, TILE)
         check_finite(x, "the target to encode")
-        unit = self._scales * self.code.sigma
-        safe = torch.where(unit > 0, unit, torch.ones(1))
-        target = torch.where(unit > 0, x.float().cpu() / safe, torch.zeros(1))
-        codes = self._search(target.clamp(-TARGET_LIMIT, TARGET_LIMIT).numpy())
-        return torch.from_numpy(codes).to(x.device)
+        unit = self._scales.to(x.device) * self.code.sigma
+        target = torch.where(unit > 0, x.float() / torch.where(unit > 0, unit, 1.0), 0.0)
+        return self._search(target.clamp(-TARGET_LIMIT, TARGET_LIMIT))
 
-    def _search(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Codes of targets x (m, d) in standard deviations of the code."""
+    def _search(self, x: Tensor) -> Tensor:
+        """Codes of targets x (m, d) in standard deviations of the code, where x is."""
         m, d = x.shape
         step = self._tiling.tile_bytes
-        codes = np.zeros((-(-m // TILE), -(-d // TILE) * step), np.uint8)
+        shape = (-(-m // TILE), -(-d // TILE) * step)
+        codes = torch.zeros(shape, dtype=torch.uint8, device=x.device)
         tall, wide = m - m % self.row_block, d - d % TILE
         # the full tiles or chains, then the short ones below, right, and in the corner
         for rows in (slice(0, tall), slice(tall, m)):
@@ -217,39 +222,55 @@ class FittedTrellis:
                     codes[tiles, bytes_] = self._search_equal(x[rows, cols])
         return codes
 
-    def _search_equal(self, x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def _search_equal(self, x: Tensor) -> Tensor:
         """Codes of an area whose streams are equally long: full ones, or one row of short ones."""
-        from convex_caldera.quantizers import trellis_beam, trellis_bits, trellis_viterbi
-
-        q = self.quantizer
         m, d = x.shape
         height, width = min(m, self.row_block), min(d, TILE)
-        streams = x.reshape(m // height, height, d // width, width).transpose(0, 2, 1, 3)
-        streams = np.ascontiguousarray(streams.reshape(-1, height * width))
+        streams = x.reshape(m // height, height, d // width, width).transpose(1, 2)
+        streams = streams.reshape(-1, height * width)
         heights = [min(TILE, height - i) for i in range(0, height, TILE)]
-        per_tile = [trellis_stream.step_bits(q.sixteenths, h * width) for h in heights]
-        steps = np.concatenate(per_tile)
+        per_tile = [trellis_stream.step_bits(self.quantizer.sixteenths, h * width) for h in heights]
+        coded = self._coded_elsewhere if self._on_device(x, per_tile) else self._coded_on_cpu
+        blocks = coded(streams, per_tile).to(x.device)
+        blocks = blocks.view(m // height, d // width, len(heights), -1).transpose(1, 2)
+        return blocks.reshape((m // height) * len(heights), -1)
+
+    def _on_device(self, x: Tensor, per_tile: list[NDArray[np.int64]]) -> bool:
+        """Whether the search runs where x is: not for beams, nor for streams below one state."""
+        q = self.quantizer
+        short = q.chain == 0 and int(per_tile[0].sum()) < q.state_bits
+        return x.device.type != "cpu" and q.encoder == "viterbi" and not short
+
+    def _coded_on_cpu(self, streams: Tensor, per_tile: list[NDArray[np.int64]]) -> Tensor:
+        """Bytes (streams, tiles, tile bytes) of streams, on the CPU, by compiled searches."""
+        from convex_caldera.quantizers import trellis_beam, trellis_bits, trellis_viterbi
+
+        q, x, steps = self.quantizer, streams.cpu().numpy(), np.concatenate(per_tile)
         if q.encoder == "beam":
-            symbols = trellis_beam.search(streams, steps, self.code, q.survivors)
+            symbols = trellis_beam.search(x, steps, self.code, q.survivors)
         else:
             levels = self.code.table() / np.float32(self.code.sigma)
-            symbols = trellis_viterbi.search(streams, steps, levels, q.state_bits, q.chain > 0)
-        out = np.zeros((len(streams), len(heights), self._tiling.tile_bytes), np.uint8)
+            symbols = trellis_viterbi.search(x, steps, levels, q.state_bits, q.chain > 0)
+        out = np.zeros((len(x), len(per_tile), self._tiling.tile_bytes), np.uint8)
         at = 0
         for i, part in enumerate(per_tile):
             trellis_bits.write_symbols(symbols[:, at : at + len(part)], part, out[:, i])
             at += len(part)
-        blocks = out.reshape(m // height, d // width, len(heights), -1).transpose(0, 2, 1, 3)
-        return blocks.reshape((m // height) * len(heights), -1)
+        return torch.from_numpy(out)
+
+    def _coded_elsewhere(self, streams: Tensor, per_tile: list[NDArray[np.int64]]) -> Tensor:
+        """The same by exact search in torch, on the streams' device."""
+        from convex_caldera.quantizers import trellis_torch
+
+        q, size = self.quantizer, self._tiling.tile_bytes
+        levels = trellis_torch.unit_levels(self.code, streams.device)
+        steps = np.concatenate(per_tile)
+        symbols = trellis_torch.search(streams, steps, levels, q.state_bits, q.chain > 0)
+        parts = symbols.split([len(part) for part in per_tile], dim=1)
+        pairs = zip(parts, per_tile, strict=True)
+        return torch.stack([trellis_torch.write_symbols(p, k, size) for p, k in pairs], 1)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
-        levels = torch.from_numpy(self.code.levels(self._states(codes.cpu(), start)))
-        return (self._scales * levels).to(codes.device)
-
-    def _states(self, codes: Tensor, start: int) -> NDArray[np.uint32]:
-        """States (m, d) of the weights whose codes these are."""
-        from convex_caldera.quantizers import trellis_bits
-
         q, (m, n), step = self.quantizer, self.shape, self._tiling.tile_bytes
         blocks = codes.shape[-1] // step if codes.dim() == 2 else 0
         if codes.shape != (-(-m // TILE), blocks * step) or codes.dtype != torch.uint8:
@@ -257,13 +278,25 @@ class FittedTrellis:
                 f"codes of {self.shape} are uint8 ({-(-m // TILE)}, blocks x {step}),"
                 f" got {codes.dtype} {tuple(codes.shape)}"
             )
-        d = min(blocks * TILE, n - start)
+        shape = (m, min(blocks * TILE, n - start))
+        if codes.device.type == "cpu":
+            levels = torch.from_numpy(self.code.levels(self._states(codes.numpy(), shape)))
+        else:
+            from convex_caldera.quantizers import trellis_torch
+
+            levels = trellis_torch.decode(codes, shape, q.sixteenths, self.code, q.chain)
+        return self._scales.to(codes.device) * levels
+
+    def _states(self, codes: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint32]:
+        """States (m, d) of the weights whose codes these are."""
+        from convex_caldera.quantizers import trellis_bits
+
+        q, (m, d), step = self.quantizer, shape, self._tiling.tile_bytes
         states = np.empty((m, d), np.uint32)
-        array = codes.numpy()
-        for i in range(blocks):
+        for i in range(-(-d // TILE)):
             cols = slice(TILE * i, min(TILE * (i + 1), d))
             width = cols.stop - cols.start
-            block = array[:, i * step : (i + 1) * step]
+            block = codes[:, i * step : (i + 1) * step]
             trellis_bits.read_states(
                 block, m, width, q.sixteenths, q.state_bits, q.chain, states[:, cols]
             )
@@ -278,7 +311,8 @@ class FittedTrellis:
         return FittedTrellis(self.quantizer, shape, self.scale, rows_of, self.multiplier)
 
     def pack(self, codes: Tensor) -> Tensor:
-        return codes[torch.from_numpy(self._tiling.byte_mask())]
+        flat = codes.reshape(-1)
+        return flat.clone() if self._whole else flat[self._stored.to(codes.device)]
 
     def unpack(self, packed: Tensor) -> Tensor:
         if packed.dim() != 1 or packed.dtype != torch.uint8:
@@ -288,12 +322,25 @@ class FittedTrellis:
                 f"trellis codes of {self.shape} at {self.quantizer.bits} bits take"
                 f" {self._tiling.packed_bytes} bytes, got {packed.numel()}"
             )
-        mask = torch.from_numpy(self._tiling.byte_mask())
-        codes = torch.zeros(mask.shape, dtype=torch.uint8)
-        codes[mask] = packed
-        if (codes & torch.from_numpy(self._tiling.spare_bits())).any():
+        tiles = -(-self.shape[0] // TILE)
+        if self._whole:
+            return packed.view(tiles, -1).clone()
+        spare = torch.from_numpy(self._tiling.spare_bits()).to(packed.device)
+        codes = torch.zeros(spare.numel(), dtype=torch.uint8, device=packed.device)
+        codes[self._stored.to(packed.device)] = packed
+        if (codes.view_as(spare) & spare).any():
             raise FormatError("spare bits behind a trellis tile are not 0: altered file")
-        return codes
+        return codes.view_as(spare)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all tiles are full, so that every byte of the codes is stored."""
+        return not any(size % TILE for size in self.shape)
+
+    @cached_property
+    def _stored(self) -> Tensor:
+        """Places of the stored bytes among those of the flattened codes, int64, on the CPU."""
+        return torch.from_numpy(np.flatnonzero(self._tiling.byte_mask()))
 
     def tensors(self) -> dict[str, Tensor]:
         found = {

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
 
-# float32 values decoded at once; 1 MiB fits the second-level cache of common cores.
+# float32 values decoded at once; 1 MiB fits the second-level cache of common cores. Elsewhere a
+# slice is what keeps a GPU busy longer than it takes to launch a few dozen operators.
 SLICE_VALUES = 1 << 18
+DEVICE_SLICE_VALUES = 1 << 24
 # Slices start at multiples of this many rows, so that whole bytes are cut from any bit width.
 ROW_STEP = 16
 
@@ -110,7 +112,8 @@ def decoded_slices(fitted: FittedQuantizer, packed: Tensor) -> Slices:
         yield slice(0, m), fitted.decode(fitted.unpack(packed))
         return
     unit = math.lcm(ROW_STEP, fitted.row_block)
-    step = max(SLICE_VALUES // (n * unit), 1) * unit
+    values = SLICE_VALUES if packed.device.type == "cpu" else DEVICE_SLICE_VALUES
+    step = max(values // (n * unit), 1) * unit
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         piece = fitted.take_rows(rows)
