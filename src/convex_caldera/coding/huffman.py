@@ -18,25 +18,26 @@ Rates lie up to a few percent above the entropy; `rans` has none of that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.coding.symbols import (
     Bytes,
     check_symbol_bits,
-    from_symbols,
     num_parts,
-    num_symbols,
-    to_symbols,
+    packed_of,
+    require,
+    stream_of,
+    symbol_range,
 )
-from convex_caldera.errors import FormatError
 
 MAX_LENGTH = 12
 Counts = NDArray[np.int64]
+_require = partial(require, "Huffman")
 
 
 @dataclass(frozen=True)
@@ -56,38 +57,34 @@ class Huffman:
 
     def encode(self, packed: Tensor) -> Tensor:
         """A packed code stream, flat uint8, as a shorter one."""
-        from convex_caldera.coding import huffman_kernels
-
-        symbols = to_symbols(packed, self.symbol_bits)
-        if not symbols.size:
-            return torch.empty(0, dtype=torch.uint8)
-        lengths = code_lengths(np.bincount(symbols, minlength=1 << self.symbol_bits))
-        header = table_bytes(lengths)
-        if not lengths.any():
-            header = np.array([symbols[0], symbols[0]], np.uint8)
-            return torch.from_numpy(header)
-        size = part_size(symbols.size)
-        sizes, body = huffman_kernels.encode(symbols, canonical(lengths), lengths, size)
-        raw = np.frombuffer(sizes.astype("<u4").tobytes(), np.uint8)
-        return torch.from_numpy(np.concatenate([header, raw, body]))
+        return stream_of(packed, self.symbol_bits, self._stream)
 
     def decode(self, coded: Tensor, num_bytes: int) -> Tensor:
         """The packed stream of `num_bytes` back. Raises FormatError unless it is one exactly."""
+        return packed_of("Huffman", coded, num_bytes, self.symbol_bits, self._symbols)
+
+    def _stream(self, symbols: Bytes) -> Bytes:
         from convex_caldera.coding import huffman_kernels
 
-        count = num_symbols(num_bytes, self.symbol_bits)
-        stream = coded.cpu().contiguous().numpy()
-        if not count:
-            _require(not stream.size, "has bytes for no symbols")
-            return torch.zeros(num_bytes, dtype=torch.uint8)
+        lengths = code_lengths(np.bincount(symbols, minlength=1 << self.symbol_bits))
+        if not lengths.any():
+            return np.array([symbols[0], symbols[0]], np.uint8)
+        size = part_size(symbols.size)
+        sizes, body = huffman_kernels.encode(symbols, canonical(lengths), lengths, size)
+        raw = np.frombuffer(sizes.astype("<u4").tobytes(), np.uint8)
+        return np.concatenate([table_bytes(lengths), raw, body])
+
+    def _symbols(self, stream: Bytes, count: int) -> Bytes:
+        from convex_caldera.coding import huffman_kernels
+
         lengths, low, sizes, body = split_stream(stream, self.symbol_bits, count)
         if not lengths.any():
-            return from_symbols(np.full(count, low, np.uint8), self.symbol_bits)
+            return np.full(count, low, np.uint8)
         symbols, good = huffman_kernels.decode(
             count, part_size(count), look_up(lengths), MAX_LENGTH, sizes, body
         )
         _require(bool(good), "has a part that does not end with its last symbol")
-        return from_symbols(symbols, self.symbol_bits)
+        return symbols
 
 
 def decode_plain(stream: Bytes, count: int, symbol_bits: int) -> Bytes:
@@ -177,9 +174,7 @@ def split_stream(
     stream: Bytes, symbol_bits: int, count: int
 ) -> tuple[Counts, int, NDArray[np.int64], Bytes]:
     """Lengths, lowest symbol, bytes of each part, parts; FormatError if they are impossible."""
-    _require(stream.size >= 2, "is truncated")
-    low, high = int(stream[0]), int(stream[1])
-    _require(low <= high < 1 << symbol_bits, f"has symbols {low} .. {high} out of range")
+    low, high = symbol_range("Huffman", stream, symbol_bits)
     lengths = np.zeros(1 << symbol_bits, np.int64)
     if low == high:
         _require(stream.size == 2, "has bytes after its only symbol")
@@ -198,8 +193,3 @@ def split_stream(
     sizes, body = np.frombuffer(raw, "<u4").astype(np.int64), stream[2 + half + 4 * parts :]
     _require(int(sizes.sum()) == body.size, "is truncated, or its parts do not fill it")
     return lengths, low, sizes, body
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise FormatError(f"a Huffman stream {what}: altered or truncated file")

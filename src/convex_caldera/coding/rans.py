@@ -20,27 +20,28 @@ altered or prolonged streams are found out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.coding.symbols import (
     Bytes,
     check_symbol_bits,
-    from_symbols,
     num_parts,
-    num_symbols,
-    to_symbols,
+    packed_of,
+    require,
+    stream_of,
+    symbol_range,
 )
-from convex_caldera.errors import FormatError
 
 PRECISION = 14
 TOTAL = 1 << PRECISION
 LOWEST_STATE = 1 << 16
 Counts = NDArray[np.int64]
+_require = partial(require, "rANS")
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,29 @@ class Rans:
 
     def encode(self, packed: Tensor) -> Tensor:
         """A packed code stream, flat uint8, as a shorter one. About 10 ns a symbol."""
+        return stream_of(packed, self.symbol_bits, self._stream)
+
+    def decode(self, coded: Tensor, num_bytes: int) -> Tensor:
+        """The packed stream of `num_bytes` back. Raises FormatError unless it is one exactly."""
+        return packed_of("rANS", coded, num_bytes, self.symbol_bits, self._symbols)
+
+    def _stream(self, symbols: Bytes) -> Bytes:
         from convex_caldera.coding import rans_kernels
 
-        symbols = to_symbols(packed, self.symbol_bits)
-        if not symbols.size:
-            return torch.empty(0, dtype=torch.uint8)
         frequencies = normalized(np.bincount(symbols, minlength=1 << self.symbol_bits))
         lanes = num_parts(symbols.size)
         states, words = rans_kernels.encode(symbols, frequencies, PRECISION, lanes)
         parts = [table_bytes(frequencies), _raw(states, "<u4"), _raw(words, "<u2")]
-        return torch.from_numpy(np.concatenate(parts))
+        return np.concatenate(parts)
 
-    def decode(self, coded: Tensor, num_bytes: int) -> Tensor:
-        """The packed stream of `num_bytes` back. Raises FormatError unless it is one exactly."""
+    def _symbols(self, stream: Bytes, count: int) -> Bytes:
         from convex_caldera.coding import rans_kernels
 
-        count = num_symbols(num_bytes, self.symbol_bits)
-        stream = coded.cpu().contiguous().numpy()
-        if not count:
-            _require(not stream.size, "bytes for no symbols")
-            return torch.zeros(num_bytes, dtype=torch.uint8)
         frequencies, states, words = split_stream(stream, self.symbol_bits, num_parts(count))
         symbols, used, ends = rans_kernels.decode(count, frequencies, PRECISION, states, words)
-        _require(used == words.size, "the words do not end with the last symbol")
-        _require(bool((ends == LOWEST_STATE).all()), "a lane does not end in its first state")
-        return from_symbols(symbols, self.symbol_bits)
+        _require(used == words.size, "has words that do not end with the last symbol")
+        _require(bool((ends == LOWEST_STATE).all()), "has a lane that does not end where it began")
+        return symbols
 
 
 def decode_plain(stream: Bytes, count: int, symbol_bits: int) -> Bytes:
@@ -143,9 +142,7 @@ def split_stream(
     stream: Bytes, symbol_bits: int, lanes: int
 ) -> tuple[Counts, NDArray[np.uint32], NDArray[np.uint16]]:
     """Frequencies, states and words of a stream; FormatError if they are impossible."""
-    _require(stream.size >= 2, "is truncated")
-    low, high = int(stream[0]), int(stream[1])
-    _require(low <= high < 1 << symbol_bits, f"symbols {low} .. {high} are out of range")
+    low, high = symbol_range("rANS", stream, symbol_bits)
     frequencies = np.zeros(1 << symbol_bits, np.int64)
     at = 2
     for s in range(low, high + 1):
@@ -170,8 +167,3 @@ def split_stream(
 
 def _raw(values: NDArray[np.unsignedinteger], dtype: str) -> Bytes:
     return np.frombuffer(values.astype(dtype).tobytes(), np.uint8)
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise FormatError(f"a rANS stream {what}: altered or truncated file")

@@ -9,6 +9,7 @@ whole symbol are zero, as in every packed stream.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -65,6 +66,38 @@ def to_symbols(packed: Tensor, width: int) -> Bytes:
     if used != packed.numel():
         raise FormatError(f"{packed.numel()} bytes are no stream of {width}-bit symbols")
     return unpack_bits(packed.cpu(), width, count).numpy()
+
+
+def stream_of(packed: Tensor, width: int, encode: Callable[[Bytes], Bytes]) -> Tensor:
+    """A packed stream as the stream that a coder makes of its symbols; none for no symbols."""
+    symbols = to_symbols(packed, width)
+    return torch.from_numpy(encode(symbols) if symbols.size else symbols)
+
+
+def packed_of(
+    coder: str, stream: Tensor, num_bytes: int, width: int, decode: Callable[[Bytes, int], Bytes]
+) -> Tensor:
+    """The packed stream of `num_bytes` that `stream_of` was given; `decode` takes stream and count."""
+    count = num_symbols(num_bytes, width)
+    plain = stream.cpu().contiguous().numpy()
+    if not count:
+        require(coder, not plain.size, "has bytes for no symbols")
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    return from_symbols(decode(plain, count), width)
+
+
+def symbol_range(coder: str, stream: Bytes, width: int) -> tuple[int, int]:
+    """Lowest and highest symbol, which every coded stream begins with."""
+    require(coder, stream.size >= 2, "is truncated")
+    low, high = int(stream[0]), int(stream[1])
+    require(coder, low <= high < 1 << width, f"has symbols {low} .. {high} out of range")
+    return low, high
+
+
+def require(coder: str, condition: bool, what: str) -> None:
+    """FormatError naming the coder unless the condition holds of a stream."""
+    if not condition:
+        raise FormatError(f"a {coder} stream {what}: altered or truncated file")
 
 
 def from_symbols(symbols: Bytes, width: int) -> Tensor:
