@@ -77,7 +77,7 @@ def stream_of(packed: Tensor, width: int, encode: Callable[[Bytes], Bytes]) -> T
 def packed_of(
     coder: str, stream: Tensor, num_bytes: int, width: int, decode: Callable[[Bytes, int], Bytes]
 ) -> Tensor:
-    """The packed stream of `num_bytes` that `stream_of` was given; `decode` takes stream and count."""
+    """The packed stream of `num_bytes` that `stream_of` was given; `decode` is told the count."""
     count = num_symbols(num_bytes, width)
     plain = stream.cpu().contiguous().numpy()
     if not count:
