@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
 
-from convex_caldera.cli.app import app
+from convex_caldera.cli.app import command_line
 from convex_caldera.recipes.table import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +57,7 @@ def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     "page", [page for page in PAGES if commands(page.read_text())], ids=name_of
 )
 def test_commands_and_their_options_exist(page: Path) -> None:
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = command_line().commands
     for command, options in commands(page.read_text()):
         assert command in known, f"{name_of(page)}: no command {command}"
         offered = {o for p in known[command].params for o in (*p.opts, *p.secondary_opts)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 
 import numpy as np
@@ -26,6 +28,12 @@ CONSTANTS = {
 
 
 def problem(form, seed=0, groups=2, steps=2000, budget=180.0):
+    """Record, tensors, weights and Hessians of a solved program; a copy, to be spoiled."""
+    return copy.deepcopy(_problem(form, seed, groups, steps, budget))
+
+
+@functools.cache
+def _problem(form, seed, groups, steps, budget):
     draw = torch.Generator().manual_seed(seed)
     shapes = [(10, 12), (14, 9), (8, 8)][:groups]
     W = [torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes]
@@ -36,7 +44,7 @@ def problem(form, seed=0, groups=2, steps=2000, budget=180.0):
     extra = {"mu": 0.4} if form == "penalty" else {"tau": 4.0}
     solution = solve_program(W, H, **extra, **CONSTANTS, budget=budget, most_steps=steps)
     names = [f"g{i}" for i in range(groups)]
-    record, tensors = program_record(solution, names, **extra, **CONSTANTS, budget=budget)
+    record, tensors = program_record(solution, names)
     arrays = {key: value.numpy() for key, value in tensors.items()}
     weights = {name: w.numpy() for name, w in zip(names, W, strict=True)}
     hessians = {name: h.numpy() for name, h in zip(names, H, strict=True)}

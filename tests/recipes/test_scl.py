@@ -28,7 +28,7 @@ def problem(seed: int = 0, tails: int = 3) -> Problem:
     return Problem(W, Hessian(x.T @ x / len(x)), "layer")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 @pytest.mark.parametrize(
     "recipe",
     [ecsq_recipe(0.5), ecsq_recipe(2.0), ecsq_recipe(4.0), ecvq_recipe(1.0)]

@@ -56,8 +56,15 @@ def written(layers: dict[str, CompressedLayer], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [Rans, Huffman])
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+# Every coder and every quantizer in every run, half of the pairs.
+PAIRS = [
+    pytest.param(quantizer, kind, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+    for i, quantizer in enumerate(QUANTIZERS)
+    for j, kind in enumerate((Rans, Huffman))
+]
+
+
+@pytest.mark.parametrize(("quantizer", "kind"), PAIRS, ids=str)
 def test_coded_layers_come_back_and_the_checker_agrees(
     quantizer: Any, kind: type[Rans] | type[Huffman], tmp_path: Path
 ) -> None:
@@ -148,9 +155,10 @@ def test_forged_schemes_are_refused_by_both_readers(term: Any, tmp_path: Path) -
         checked_specs(read_shard(path))
 
 
+@pytest.mark.parametrize("stride", [131, pytest.param(23, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [Rans, Huffman])
 def test_altered_streams_are_refused_by_both_readers_or_decode_alike(
-    kind: type[Rans] | type[Huffman], tmp_path: Path
+    kind: type[Rans] | type[Huffman], stride: int, tmp_path: Path
 ) -> None:
     recipe = Recipe((Quantize(LloydMax(4), "identity", coder=kind(4)),))
     layer = fitted_layer(recipe, (48, 40))
@@ -159,7 +167,7 @@ def test_altered_streams_are_refused_by_both_readers_or_decode_alike(
     raw = path.read_bytes()
     start = len(raw) - tensors["packed"].numel()
     first = start + 2 * 17  # after scale and levels
-    for offset in range(first, len(raw) - 8, 23):
+    for offset in range(first, len(raw) - 8, stride):
         spoiled = bytearray(raw)
         spoiled[offset] ^= 1 << offset % 8
         path.write_bytes(spoiled)

@@ -15,6 +15,8 @@ hence coarse factors of a high rank beat fine ones of a low rank at equal bytes
 
 from __future__ import annotations
 
+import functools
+
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe, Step
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.recipes.ladder import Shape, Wishes
@@ -31,6 +33,7 @@ FACTOR_BITS, FACTOR_ITERATIONS = 2, 2
 SMALL_RANKS, RANK_STEP, MOST_FACTOR_BITS = (4, 8), 16, 1.0
 
 
+@functools.lru_cache(maxsize=4096, typed=True)
 def trellis_recipe(bits: float) -> Recipe:
     """Incoherence processing, then LDLQ with a bit-shift trellis, without fine-tuning.
 
@@ -41,6 +44,7 @@ def trellis_recipe(bits: float) -> Recipe:
     )
 
 
+@functools.lru_cache(maxsize=4096, typed=True)
 def convex_caldera_recipe(bits: float, rank: int = 0, factor_bits: int = FACTOR_BITS) -> Recipe:
     """One option of the menu: a trellis at `bits`, and a low-rank term if rank > 0."""
     if rank == 0:
