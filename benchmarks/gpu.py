@@ -6,13 +6,16 @@
 Without a GPU it says so, does the latter and exits with 0. What is checked, on the device:
 
     codes     encode and decode by trellis and E8P; the device's decoding equals the CPU's
-    product   x Q^T from packed codes equals the decoded matrix's
+    search    a tile row on the device and on the CPU: the same distortion to 1e-5; and the step
+              of the search as torch.compile makes it, where it can
+    product   x Q^T from packed codes equals the decoded matrix's, beside x W^T in bfloat16
     recipe    a matrix of a 7B model's shape through every method, at the rung nearest to --bits;
               the stored layer decodes on the device and its loss is finite and below one
 
 Seconds are wall time after synchronising; peak is the most memory that tensors held on the device.
-What of the work a row's code does on the CPU counts in its seconds. Rows that have not begun when
-the minutes are over are listed as not run. Exits with 1 if a check failed.
+What of the work a row's code does on the CPU counts in its seconds. The files are written after
+every row, so what has run is kept if the machine goes away. Rows that have not begun when the
+minutes are over are listed as not run. Exits with 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from convex_caldera.core.recipe import Recipe
 from convex_caldera.core.seeds import generator
 from convex_caldera.errors import CheckError, ConvexCalderaError
 from convex_caldera.fit.backfit import fit_layer
-from convex_caldera.quantizers import E8P, Trellis
+from convex_caldera.quantizers import E8P, Trellis, trellis_torch, trellis_viterbi
+from convex_caldera.quantizers.trellis_stream import step_bits
 from convex_caldera.recipes.ladder import Method, Wishes
 from convex_caldera.recipes.table import METHODS
 from convex_caldera.runtime.kernels import kernel_for
@@ -47,6 +51,8 @@ Check = Callable[[torch.device, Shape], Facts]
 
 QUANTIZERS: dict[str, Quantizer] = {
     "trellis 2 bits, L = 12": Trellis(2.0, 12),
+    "trellis 2 bits, L = 16": Trellis(2.0, 16),
+    "trellis 4 bits, L = 14": Trellis(4.0, 14),
     "trellis 2.5 bits, mul1, L = 12": Trellis(2.5, 12, "mul1"),
     "e8p 2 bits": E8P(2),
     "e8p 3 bits": E8P(3),
@@ -54,6 +60,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 RELATIVE = 1e-4  # float32 sums in another order, relative to the largest entry
 RANK = 64
+REPEATS = 10
 
 
 def synchronized(device: torch.device) -> float:
@@ -78,6 +85,7 @@ def check_codes(quantizer: Quantizer) -> Check:
     def check(device: torch.device, shape: Shape) -> Facts:
         W = gaussian(shape, device, "weights")
         fitted = quantizer.fit(W)
+        fitted.decode(fitted.encode(W[:, :16]))  # loads kernels and fills tables
         start = synchronized(device)
         codes = fitted.encode(W)
         encoded = synchronized(device)
@@ -89,6 +97,7 @@ def check_codes(quantizer: Quantizer) -> Check:
         require_close(values, on_cpu.decode(codes.cpu()), "decoded on the device and on the CPU")
         return {
             "encode_seconds": encoded - start,
+            "encoded_weights_a_second": W.numel() / (encoded - start),
             "decode_seconds": decoded - encoded,
             "relative_error": ((values - W).square().sum() / W.square().sum()).item(),
         }
@@ -103,11 +112,50 @@ def check_product(quantizer: Quantizer) -> Check:
         codes = fitted.encode(W)
         packed, x = fitted.pack(codes), gaussian((1, shape[1]), device, "inputs")
         kernel = kernel_for(fitted, device.type)
+        plain, v = W.bfloat16(), x.bfloat16()
+        found, _ = kernel.forward(fitted, packed, x), v @ plain.T
         start = synchronized(device)
-        found = kernel.forward(fitted, packed, x)
+        for _ in range(REPEATS):
+            kernel.forward(fitted, packed, x)
         seconds = synchronized(device) - start
+        start = synchronized(device)
+        for _ in range(REPEATS):
+            _ = v @ plain.T
+        bf16 = synchronized(device) - start
         require_close(found, x @ fitted.decode(codes).T, f"product by {kernel.name}")
-        return {"seconds": seconds}
+        return {"seconds": seconds / REPEATS, "bf16_seconds": bf16 / REPEATS}
+
+    return check
+
+
+def check_search(quantizer: Trellis, compiled: bool) -> Check:
+    """Sixteen rows searched in torch on the device and by the compiled search on the CPU."""
+
+    def check(device: torch.device, shape: Shape) -> Facts:
+        q, code = quantizer, quantizer.fit(torch.ones(16, 16)).code
+        x = gaussian((shape[1] // 16, 256), device, "tiles")
+        steps = step_bits(q.sixteenths, 256)
+        levels = trellis_torch.unit_levels(code, device)
+        step = torch.compile(trellis_torch.advance) if compiled else trellis_torch.advance
+        trellis_torch.search(x[:1], steps, levels, q.state_bits, False, step)
+        start = synchronized(device)
+        found = trellis_torch.search(x, steps, levels, q.state_bits, False, step)
+        seconds = synchronized(device) - start
+        table = levels.cpu().numpy()
+        on_cpu = trellis_viterbi.search(x.cpu().numpy(), steps, table, q.state_bits, False)
+        both = torch.stack([found.cpu(), torch.from_numpy(on_cpu)])
+        packed = trellis_torch.write_symbols(both.flatten(0, 1), steps, 2 * q.sixteenths)
+        states = trellis_torch.read_states(packed[:, None], 16, 16, q.sixteenths, q.state_bits, 0)
+        values = levels.cpu()[states].view(2, -1, 256)
+        errors = (values - x.cpu()).double().square().mean((1, 2))
+        if not abs(errors[0] / errors[1] - 1) <= 1e-5:
+            raise CheckError(f"distortion {errors[0]:.7g} on the device, {errors[1]:.7g} on CPU")
+        return {
+            "seconds": seconds,
+            "searched_weights_a_second": x.numel() / seconds,
+            "equal_symbols": (both[0] == both[1]).float().mean().item(),
+            "distortion": errors[0].item(),
+        }
 
     return check
 
@@ -144,6 +192,10 @@ def checks(bits: float) -> dict[str, Check]:
     for name, quantizer in QUANTIZERS.items():
         found[f"codes {name}"] = check_codes(quantizer)
         found[f"product {name}"] = check_product(quantizer)
+    for state_bits in (12, 16):
+        searched = Trellis(2.0, state_bits)
+        found[f"search 2 bits, L = {state_bits}"] = check_search(searched, compiled=False)
+        found[f"search 2 bits, L = {state_bits}, compiled"] = check_search(searched, compiled=True)
     # networks are trained for a layer: the longest comes last
     for name in sorted(METHODS, key=lambda name: name.startswith("reallm")):
         found[f"recipe {name}"] = check_recipe(METHODS[name], bits)
@@ -176,6 +228,13 @@ def header(record: dict[str, object]) -> str:
         f"{record['card']}, {record['date']}, torch {record['torch']}, matrices of"
         f" {record['shape']}\n\n| check | result | figures |\n|---|---|---|"
     )
+
+
+def save(path: Path, record: dict[str, object], rows: list[dict[str, object]]) -> None:
+    """What is known so far, as JSON and as a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join([header(record), *map(line, rows)]) + "\n")
 
 
 def main() -> int:
@@ -213,13 +272,10 @@ def main() -> int:
         else:
             rows.append({"check": name, "shape": list(shape), "result": "not run: time is over"})
         print(line(rows[-1]), flush=True)
+        if not small:
+            save(args.out, record, rows)
     failed = sum(str(row["result"]).startswith("failed") for row in rows)
     print(f"\n{len(rows)} checks, {failed} failed")
-    if not small:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-        table = "\n".join([header(record), *map(line, rows)])
-        args.out.with_suffix(".md").write_text(table + "\n")
     return 1 if failed else 0
 
 

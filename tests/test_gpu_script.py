@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ def test_small_run_on_the_cpu_passes_and_writes_nothing(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "gpu.json"
-    only = ("codes", "product", "recipe qtip", "recipe l2qer")
+    only = ("codes", "product", "search 2 bits, L = 12", "recipe qtip", "recipe l2qer")
+    monkeypatch.setattr(torch, "compile", lambda step: step)  # no compiler where tests run
     arguments(monkeypatch, "--out", str(out), "--only", *only)
     assert script.main() == 0
     text = capsys.readouterr().out
-    wanted = 2 * len(script.QUANTIZERS) + 2
+    wanted = 2 * len(script.QUANTIZERS) + 4
     assert text.count("| ok |") == wanted and f"{wanted} checks, 0 failed" in text
     assert ("no GPU here" in text) != torch.cuda.is_available()
     assert not out.exists()
@@ -67,3 +69,20 @@ def test_work_beyond_the_minutes_is_listed_as_not_run(
     arguments(monkeypatch, "--minutes", "0", "--only", "codes e8p")
     assert script.main() == 0
     assert capsys.readouterr().out.count("not run") == 3
+
+
+def test_every_finished_row_is_on_disk(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "gpu.json", []
+
+    def check(device: torch.device, shape: tuple[int, int]) -> dict[str, float]:
+        seen.append(len(json.loads(out.read_text())["rows"]) if out.exists() else 0)
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(script, "checks", lambda bits: dict.fromkeys("abc", check))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments(monkeypatch, "--out", str(out), "--shape", "16", "16")
+    sys.argv.remove("--small")
+    assert script.main() == 0
+    assert seen == [0, 1, 2] and out.with_suffix(".md").read_text().count("| ok |") == 3
