@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convex_caldera.models.blocks import HiddenStates
 from convex_caldera.models.embeddings import OUTSIDE
+from convex_caldera.models.parameters import slots
 from convex_caldera.models.skeleton import Skeleton
 from tests import tiny_models
 from tests.tiny_models import VOCABULARY
@@ -35,6 +37,20 @@ def test_embeddings_are_one_variable_where_tied_and_two_where_not(family, tied, 
     assert {site.shape for site in sites} == {(VOCABULARY, 48)}
     assert {site.block for site in sites} == {OUTSIDE}
     assert not set(skeleton.sites) & set(sites)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_substituted_embeddings_are_read_in_all_their_places(tied, tiny_model):
+    skeleton = Skeleton(tiny_model("llama", tie_word_embeddings=tied, num_hidden_layers=1))
+    tokens = torch.arange(8)[None]
+    before = HiddenStates(skeleton, tokens).hidden(0)
+    doubled = 2 * skeleton.tensor("model.embed_tokens.weight")
+    with skeleton.substituted({"model.embed_tokens.weight": doubled}):
+        assert torch.equal(HiddenStates(skeleton, tokens).hidden(0), 2 * before)
+        with skeleton.loaded_outside() as model:
+            assert torch.equal(model.lm_head.weight, doubled) == tied
+    assert all(slot.parameter.is_meta for slot in slots(skeleton.model))
+    assert torch.equal(HiddenStates(skeleton, tokens).hidden(0), before)
 
 
 def test_embeddings_of_base_model_checkpoints_have_the_names_of_the_files(tmp_path):

@@ -273,13 +273,6 @@ def test_export_writes_plain_embeddings(
     torch.testing.assert_close(logits(plain), logits(ours), rtol=1e-4, atol=1e-4)
 
 
-def test_drift_correction_refuses_embeddings(model: Path, text: Path, tmp_path: Path) -> None:
-    ran = compress(
-        model, tmp_path / "out", text, "--embeddings", "--targets", "drift-corrected", "--bits", 6
-    )
-    assert ran.code != 0 and "leave out embeddings" in ran.err
-
-
 @pytest.mark.slow
 def test_interrupted_runs_with_embeddings_end_in_the_same_bytes(
     model: Path, text: Path, tmp_path: Path, allocated: tuple[Path, Ran]

@@ -24,7 +24,7 @@ from convex_caldera.finetune.losses import divergence, mixed_precision, relative
 from convex_caldera.finetune.parts import Wish
 from convex_caldera.finetune.place import Trained, Values, norm_weights, replace_layers
 from convex_caldera.finetune.schedule import Schedule
-from convex_caldera.finetune.stored import StoredModel, with_embeddings, with_values
+from convex_caldera.finetune.stored import StoredModel, with_values
 from convex_caldera.finetune.team import Team
 from convex_caldera.finetune.training import Meter, Outcome, train
 from convex_caldera.finetune.windows import TrainingText
@@ -105,7 +105,7 @@ def tune_blocks(
     schedule = replace(schedule, seconds=share)
     targets = HiddenStates(skeleton, text.tokens, text.batch_size)
     embeddings = stored.embeddings()
-    with with_embeddings(skeleton, embeddings):
+    with skeleton.substituted(embeddings):
         states = HiddenStates(skeleton, text.tokens, text.batch_size)
         untouched = HiddenStates(skeleton, text.validation_tokens, text.batch_size)
     values: Values = {}
@@ -165,7 +165,7 @@ def _divergences(
     with skeleton.loaded_outside() as model:
         for place, batch in enumerate(text.validation):
             original = targets.leave(model, batch)
-            with with_values(model, outside), with_embeddings(skeleton, embeddings):
+            with with_values(model, outside), skeleton.substituted(embeddings):
                 for i, (states, number) in enumerate(((untouched, place), (tuned, batch))):
                     sums[i] += float(divergence(states.leave(model, number), original))
     return sums[0] / len(text.validation), sums[1] / len(text.validation)

@@ -14,9 +14,7 @@ from convex_caldera.errors import FormatError
 from convex_caldera.finetune.place import norm_weights
 from convex_caldera.models.embeddings import embedding_modules
 from convex_caldera.models.meta import load_config, meta_model
-from convex_caldera.models.parameters import slots
 from convex_caldera.models.sites import find_blocks
-from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.runtime.names import own_name
 from convex_caldera.storage.read import Container
 from convex_caldera.storage.shard import DTYPES
@@ -101,22 +99,3 @@ def with_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
     finally:
         for name, data in kept.items():
             parameters[name].data = data
-
-
-@contextmanager
-def with_embeddings(skeleton: Skeleton, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A skeleton whose embeddings, by their parameters, are these while the context lasts.
-
-    Tied ones are replaced in both places; all else is loaded and freed as ever.
-    """
-    stored = {skeleton.names[own]: value for own, value in values.items()}
-    places = [slot for slot in slots(skeleton.model) if skeleton.names.get(slot.name) in stored]
-    kept = [slot.parameter for slot in places]
-    for slot in places:
-        value = stored[skeleton.names[slot.name]].to(skeleton.device, skeleton.dtype)
-        slot.put(nn.Parameter(value, requires_grad=False))
-    try:
-        yield
-    finally:
-        for slot, parameter in zip(places, kept, strict=True):
-            slot.put(parameter)

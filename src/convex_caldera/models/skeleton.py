@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -155,6 +155,27 @@ class Skeleton:
         outside = (slot for slot in slots(self.model) if id(slot.owner) not in inside)
         with self._filled(slot for slot in outside if head or slot.owner is not output):
             yield self.model
+
+    @contextmanager
+    def substituted(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Some parameters at other values while the context lasts, in all places that share them.
+
+        All else is loaded and freed as ever.
+
+        Args:
+            values: parameter of the model -> what it is meanwhile.
+        """
+        by_source = {self._sources[name]: value for name, value in values.items()}
+        found = [(slot, self._sources.get(slot.name)) for slot in slots(self.model)]
+        places = [(slot, slot.parameter, source) for slot, source in found if source in by_source]
+        for slot, _, source in places:
+            value = by_source[source].to(self.device, self.dtype)
+            slot.put(nn.Parameter(value, requires_grad=False))
+        try:
+            yield
+        finally:
+            for slot, before, _ in places:
+                slot.put(before)
 
     def tensor(self, name: str) -> Tensor:
         """One parameter as stored, by its name in the model."""

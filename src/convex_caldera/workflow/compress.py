@@ -32,8 +32,9 @@ from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import allocate_convex
 from convex_caldera.workflow.choosing import sites_for
 from convex_caldera.workflow.compression import Compression
-from convex_caldera.workflow.curvatures import GRADIENT_KINDS, GradientCurvatures
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS
 from convex_caldera.workflow.decoders import with_decoders
+from convex_caldera.workflow.embedding_curvatures import gradient_curvatures
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, Task, fit_missing
 from convex_caldera.workflow.gathering import curvatures_of, images_for
@@ -260,8 +261,8 @@ def fit_all(
 
 def _together(compression: Compression) -> dict[str, Any]:
     """What all layers cost together on windows held out, where the whole model is at hand."""
-    curvatures, run = compression.fitter.curvatures, compression.run
-    if not isinstance(curvatures, GradientCurvatures) or not curvatures.has_held_out:
+    curvatures, run = gradient_curvatures(compression.fitter.curvatures), compression.run
+    if curvatures is None or not curvatures.has_held_out:
         return {}
     layers = {site.name: run.get(site.name).decode() for site in compression.job.sites}
     found = curvatures.held_out_kl(layers, compression.progress)

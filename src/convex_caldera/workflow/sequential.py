@@ -2,8 +2,8 @@
 
 Original and compressed model run side by side, one block at a time. Within a block, layers that
 read the same input are fitted together, first readers first, so that a layer's target knows of
-everything that was compressed before it (`calibrate.drift`). What was stored is read back, so
-that a resumed run sees the same blocks and ends with the same bytes.
+everything that was compressed before it (`calibrate.drift`), embeddings included. What was stored
+is read back, so that a resumed run sees the same blocks and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class InOrder:
         progress.start("layers", len(self.recipes) - len(run.done() & set(self.recipes)))
         tokens = windows_used(self.tokens, max(s.shape[1] for s in skeleton.sites))
         original = HiddenStates(skeleton, tokens)
-        compressed = HiddenStates(skeleton, tokens)
+        with skeleton.substituted(self._embeddings(run)):
+            compressed = HiddenStates(skeleton, tokens)
         total = len(skeleton.structure.blocks)
         for index in range(total):
             name = skeleton.structure.block_name(index)
@@ -98,6 +99,14 @@ class InOrder:
                         _put(changed, site, name, run.get(site.name).decode())
                 if index + 1 < total:
                     compressed.advance(index, changed)
+
+    def _embeddings(self, run: PartialRun) -> dict[str, Tensor]:
+        """Parameters of compressed embeddings, which the run holds already -> decoded weights."""
+        skeleton = self.fitter.skeleton
+        if set(self.recipes) <= {site.name for site in skeleton.sites}:
+            return {}
+        sites = [site for site in skeleton.embeddings if site.name in self.recipes]
+        return {f"{site.parameter}.weight": run.get(site.name).decode() for site in sites}
 
     def _groups(self, index: int) -> list[list[Site]]:
         """Layers of a block to compress, by input, in the order of the first reader."""
