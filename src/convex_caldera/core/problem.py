@@ -120,5 +120,14 @@ class Problem:
 
     def relative_loss(self, W_hat: Tensor, dtype: torch.dtype = torch.float64) -> float:
         """loss / energy; 0 / 0 counts as 0. Not square-rooted."""
-        loss = self.loss(W_hat, dtype)
+        return self.share(self.loss(W_hat, dtype))
+
+    def share(self, loss: float) -> float:
+        """A loss as a share of the energy; 0 / 0 counts as 0."""
         return loss / self.energy if self.energy > 0 else float(loss > 0)
+
+    def moved(
+        self, W: Tensor, hessian: Hessian, output: Hessian | None, groups: tuple[Hessian, ...]
+    ) -> Problem:
+        """This problem in other coordinates or under other damping, of the same energy."""
+        return Problem(W, hessian, self.name, output, groups, self._energy)

@@ -80,16 +80,16 @@ def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: 
     hessian = damp(problem.hessian, recipe.damping)
     output = problem.output and damp(problem.output, recipe.output_damping)
     groups = tuple(damp(group, recipe.damping) for group in problem.groups)
-    damped = Problem(problem.W, hessian, layer, output, groups)
+    damped = problem.moved(problem.W, hessian, output, groups)
     inner, transforms = _enter(damped, recipe, seed, layer, site)
     terms, trace = backfit(inner, recipe)
     compressed = CompressedLayer((problem.W.shape[0], problem.W.shape[1]), terms, transforms)
-    W_hat = compressed.decode()
+    loss = problem.loss(compressed.decode())
     return Fit(
         layer=compressed,
         trace=trace,
-        loss=problem.loss(W_hat),
-        relative_loss=problem.relative_loss(W_hat),
+        loss=loss,
+        relative_loss=problem.share(loss),
         ridge=hessian.ridge,
         dead_channels=int(hessian.dead.sum()),
     )
@@ -122,7 +122,7 @@ def _enter(
             )
         output = turned
         groups = tuple(fitted[-1].apply_hessian(group) for group in groups)
-    return Problem(W, hessian, layer, output, groups), tuple(fitted)
+    return problem.moved(W, hessian, output, groups), tuple(fitted)
 
 
 def backfit(problem: Problem, recipe: Recipe) -> tuple[tuple[Term, ...], tuple[HalfStep, ...]]:

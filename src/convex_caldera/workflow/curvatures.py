@@ -58,8 +58,11 @@ from convex_caldera.workflow.progress import Progress
 
 # Share of the sequences that no curvature sees; predictions are scaled to what they say.
 HELD_OUT = 1 / 3
-# Held-out sequences that shrinkage is searched on.
-SEARCHED = 16
+# Held-out sequences that shrinkage is searched on, and layers, evenly spaced: one share serves
+# all of them. What it may draw to, second moments of inputs, settles on few windows too.
+SEARCHED, SEARCHED_LAYERS, INPUT_WINDOWS = 16, 16, 32
+# Layers whose factored curvature is kept: those being fitted, and one more.
+LAYERS_KEPT = 3
 
 CurvatureKind = Literal["none", "input", "kronecker", "guided", "diagonal"]
 GRADIENT_KINDS: tuple[CurvatureKind, ...] = ("kronecker", "guided")
@@ -163,17 +166,32 @@ class GradientCurvatures:
         self._model, self._held_out = model, held_out
         self._used, self._tokens = tokens, tokens.numel()
         self._shrinkage, self._fallbacks = shrinkage, tuple(fallbacks)
+        # Options of one layer are fitted one after the other: what they factor, they share.
+        self._measured = lru_cache(maxsize=LAYERS_KEPT)(self._measured_sides)
+        self._drawn = lru_cache(maxsize=LAYERS_KEPT)(self._drawn_sides)
 
     def problem(self, site: Site, W: Tensor) -> Problem:
-        return problem_under(self._curvatures[site.name], W, site.name)
+        return self._under(self._measured(site.name), W, site.name)
 
     def seen(self, site: Site, W: Tensor) -> Problem:
-        if site.name in self._fallbacks:
-            moment = Hessian(self._inputs[site.name], name=f"{site.name} (input alone)")
-            return Problem(W, moment, site.name)
-        towards = self._inputs[site.name] if self._shrinkage.towards == "input" else None
-        drawn = shrunk(self._curvatures[site.name], self._shrinkage, towards)
-        return problem_under(drawn, W, site.name)
+        return self._under(self._drawn(site.name), W, site.name)
+
+    def _under(self, sides: tuple[Hessian, ...], W: Tensor, name: str) -> Problem:
+        if len(sides) == 1:
+            return Problem(W, sides[0], name)
+        if isinstance(self._curvatures[name], GuidedCurvature):
+            return Problem.by_row_groups(W, sides, name)
+        hessian, output = sides
+        return Problem(W, hessian, name, output)
+
+    def _measured_sides(self, name: str) -> tuple[Hessian, ...]:
+        return self._curvatures[name].hessians(name)
+
+    def _drawn_sides(self, name: str) -> tuple[Hessian, ...]:
+        if name in self._fallbacks:
+            return (Hessian(self._inputs[name], name=f"{name} (input alone)"),)
+        towards = self._inputs[name] if self._shrinkage.towards == "input" else None
+        return shrunk(self._curvatures[name], self._shrinkage, towards).hessians(name)
 
     @property
     def smooths(self) -> bool:
@@ -217,14 +235,6 @@ class GradientCurvatures:
         """
         tokens = self._held_out if self.has_held_out else self._used
         return measured_kl(self._model, tokens, parameter, values)
-
-
-def problem_under(curvature: LayerCurvature, W: Tensor, name: str) -> Problem:
-    """The problem of a layer under its curvature."""
-    if isinstance(curvature, GuidedCurvature):
-        return Problem.by_row_groups(W, curvature.hessians(name), name)
-    hessian, output = curvature.hessians(name)
-    return Problem(W, hessian, name, output)
 
 
 def steps_of(progress: Progress) -> Callable[[int, int], None]:
@@ -290,15 +300,17 @@ def gather(
     fallbacks = _vanishing(curvatures, options)
     inputs: dict[str, Tensor] = {}
     if fallbacks or options.shrinkage is None:
-        saved = _input_statistics(skeleton, sites, tokens, None, folder, progress)
+        windows = tokens if fallbacks else tokens[:INPUT_WINDOWS]
+        saved = _input_statistics(skeleton, sites, windows, None, folder, progress)
         inputs = {s.name: saved[s.block][s.input_site].second_moment() for s in sites}
     shrinkage = options.shrinkage
     if shrinkage is None:
+        searched = {name: curvatures[name] for name in names[:: -(-len(names) // SEARCHED_LAYERS)]}
         unseen_tokens = held_out[:SEARCHED]
         progress.start("shrinkage", len(unseen_tokens))
-        unseen_parts = _parts_by_layer(kind, model, unseen_tokens, names, seed + 2, progress)
-        unseen = {n: _from_parts(p, rows[n], len(unseen_tokens)) for n, p in unseen_parts.items()}
-        shrinkage = choose_shrinkage(curvatures, unseen, inputs)
+        found = _parts_by_layer(kind, model, unseen_tokens, list(searched), seed + 2, progress)
+        unseen = {n: _from_parts(p, rows[n], len(unseen_tokens)) for n, p in found.items()}
+        shrinkage = choose_shrinkage(searched, unseen, inputs)
     return GradientCurvatures(curvatures, model, used, held_out, shrinkage, inputs, fallbacks)
 
 

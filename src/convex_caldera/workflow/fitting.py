@@ -50,9 +50,9 @@ class Fitter:
         fit = fit_layer(seen, recipe, seed=self.seed, layer=site.name, site=site.input_site)
         if not other:
             return fit
-        problem, W_hat = self.curvatures.problem(site, W), fit.layer.decode()
-        loss = problem.loss(W_hat)
-        return replace(fit, loss=loss, relative_loss=problem.relative_loss(W_hat))
+        problem = self.curvatures.problem(site, W)
+        loss = problem.loss(fit.layer.decode())
+        return replace(fit, loss=loss, relative_loss=problem.share(loss))
 
     def weight(self, site: Site) -> Tensor:
         """W (m, n) of a site, float32, where the work is done."""
