@@ -32,7 +32,7 @@ cone's order, kappa's meaning, a gap that is a gap), decomposed and certified he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,8 @@ class ProgramSolution:
         residual: R_g (m, n).
         multipliers: s_g. duals: (scale_g, left (m, r), weights (r,)); the dual matrix is
             E_g = scale_g (E0 - left diag(weights) left^T E0), E0 = W_g - Z_g - R_g.
+        constants: mu or tau (the other is None), lam, kappa, c, k, p, b_min and b_max of the
+            program, float64 (groups,).
         status: "optimal" (gap <= tol) or "stopped" (ran out of steps; the gap says how far).
         steps: accelerated steps taken.
     """
@@ -88,6 +90,7 @@ class ProgramSolution:
     residual: tuple[Tensor, ...]
     multipliers: tuple[float, ...]
     duals: tuple[DualCorrection, ...]
+    constants: Mapping[str, Any]
     status: str
     steps: int
 
@@ -141,7 +144,11 @@ def solve_program(
     Cost: one eigendecomposition per distinct H, then about twenty partial SVDs and three
     m x n x n products per group; seven m x n float64 arrays per group.
     """
-    numbers = read_numbers(len(W), mu, tau, lam, kappa, c, k, p, b_min, b_max, budget)
+    constants = {
+        "mu": mu, "tau": tau, "lam": lam, "kappa": kappa, "c": c, "k": k, "p": p,
+        "b_min": b_min, "b_max": b_max,
+    }  # fmt: skip
+    numbers = read_numbers(len(W), constants, budget)
     least = math.fsum(numbers["p"] * numbers["b_min"])
     if least * (1.0 - SUM_ROUNDING) > budget:
         raise InfeasibleBudgetError(
@@ -199,6 +206,7 @@ class _Descent:
         self, W: list[Tensor], h: list[Tensor], numbers: dict[str, Any], tol: float
     ) -> None:
         self.W, self.h, self.tol = W, h, tol
+        self.constants = {name: value for name, value in numbers.items() if name != "budget"}
         self.mu, self.tau = numbers["mu"], numbers["tau"]
         widest = max(len(x) for x in h)
         padded = np.stack([np.pad(x.cpu().numpy(), (0, widest - len(x))) for x in h])
@@ -294,6 +302,7 @@ class _Descent:
             tuple(residual),
             tuple(point.settled.s.tolist()),
             bound.corrections,
+            self.constants,
             "optimal" if bound.gap <= self.tol else "stopped",
             steps,
         )

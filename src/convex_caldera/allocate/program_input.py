@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from convex_caldera.errors import DataError, NumericalError, RecipeError, ShapeE
 
 Numbers = float | Sequence[float]
 
+POSITIVE = ("kappa", "k")  # the other constants may be zero
 NEGATIVE_SHARE = 1e-10  # of the largest eigenvalue, below which a negative one is rounding
 
 
@@ -80,35 +81,18 @@ def _eigen(hessian: Tensor | Hessian, name: str) -> tuple[Tensor, Tensor | None]
 
 
 def read_numbers(
-    groups: int,
-    mu: Numbers | None,
-    tau: Numbers | None,
-    lam: Numbers,
-    kappa: Numbers,
-    c: Numbers,
-    k: Numbers,
-    p: Numbers,
-    b_min: Numbers,
-    b_max: Numbers,
-    budget: float,
+    groups: int, constants: Mapping[str, Numbers | None], budget: float
 ) -> dict[str, Any]:
     """The constants as float64 arrays (groups,), checked; mu or tau is None, budget a float."""
     if groups == 0:
         raise DataError("the program has no groups; there is nothing to solve")
-    if (mu is None) == (tau is None):
+    if (constants["mu"] is None) == (constants["tau"] is None):
         raise RecipeError("give exactly one of mu (penalty form) and tau (constrained form)")
     numbers: dict[str, Any] = {
-        "mu": None if mu is None else _spread(mu, "mu", groups, positive=False),
-        "tau": None if tau is None else _spread(tau, "tau", groups, positive=False),
-        "lam": _spread(lam, "lam", groups, positive=False),
-        "kappa": _spread(kappa, "kappa", groups, positive=True),
-        "c": _spread(c, "c", groups, positive=False),
-        "k": _spread(k, "k", groups, positive=True),
-        "p": _spread(p, "p", groups, positive=False),
-        "b_min": _spread(b_min, "b_min", groups, positive=False),
-        "b_max": _spread(b_max, "b_max", groups, positive=False),
-        "budget": float(budget),
+        name: None if value is None else _spread(value, name, groups, positive=name in POSITIVE)
+        for name, value in constants.items()
     }
+    numbers["budget"] = float(budget)
     if not math.isfinite(numbers["budget"]):
         raise RecipeError(f"the budget must be a finite number of bits, got {budget}")
     wrong = np.flatnonzero(numbers["b_min"] > numbers["b_max"])

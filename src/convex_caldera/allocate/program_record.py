@@ -8,29 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from convex_caldera.allocate.program import ProgramSolution
-from convex_caldera.allocate.program_input import Numbers, read_numbers
 from convex_caldera.errors import ShapeError
 
 
 def program_record(
-    solution: ProgramSolution,
-    names: Sequence[str],
-    *,
-    mu: Numbers | None = None,
-    tau: Numbers | None = None,
-    lam: Numbers,
-    kappa: Numbers,
-    c: Numbers,
-    k: Numbers,
-    p: Numbers,
-    b_min: Numbers,
-    b_max: Numbers,
-    budget: float,
+    solution: ProgramSolution, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON-able record, float64 tensors by key) from which both values can be recomputed.
 
     Args:
-        solution: of `solve_program` with the same constants.
+        solution: of `solve_program`.
         names: one per group.
 
     Raises:
@@ -39,8 +26,8 @@ def program_record(
     groups = len(solution.low_rank)
     if len(names) != groups or len(set(names)) != groups:
         raise ShapeError(f"{groups} groups need as many different names, got {list(names)}")
-    numbers = read_numbers(groups, mu, tau, lam, kappa, c, k, p, b_min, b_max, budget)
-    form, weight = ("penalty", "mu") if tau is None else ("constrained", "tau")
+    constants = solution.constants
+    form, weight = ("penalty", "mu") if constants["tau"] is None else ("constrained", "tau")
     fields = (weight, "lam", "kappa", "c", "k", "p", "b_min", "b_max")
     rows, tensors = [], {}
     for g, name in enumerate(names):
@@ -48,7 +35,7 @@ def program_record(
         dual = solution.duals[g]
         rows.append(
             {"name": name, "shape": [left.shape[0], right.shape[1]], "rank": left.shape[1]}
-            | {field: float(numbers[field][g]) for field in fields}
+            | {field: float(constants[field][g]) for field in fields}
             | {
                 "bits": solution.bits[g],
                 "multiplier": solution.multipliers[g],
