@@ -76,9 +76,10 @@ class Cells:
 
 def variants() -> list[Variant]:
     """All of them, bases first. `qtip` codes every layer alike, so that only rounding differs."""
-    qtip = {"method": "qtip"}
+    without = {"targets": "original", "shrinkage": "none"}
+    qtip = {"method": "qtip", **without}
     kronecker = {**qtip, "curvature": "kronecker"}
-    convex = {"method": "convex-caldera"}
+    convex = {"method": "convex-caldera", **without}
     drift = {"targets": "drift-corrected"}
     held_out = {"shrinkage": "held-out"}
     both = {**kronecker, **drift}
