@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import published
+from zero_shot_cells import difference, score_rows
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -101,21 +102,8 @@ def zero_shot(record: dict[str, Any] | None) -> list[str]:
         "bootstrap over items. The last column is the least number of items, of those tried, from "
         "which on the difference in BLiMP stays significant."
     )
-    rows = []
-    for name, score in record["models"].items():
-        blimp, lambada = score["blimp"]["acc"], score["lambada"]
-        rows.append(
-            [
-                name,
-                f"{score['bits_per_compressed_weight']:.3f}",
-                f"{score['kl']:.4f}",
-                f"{100 * blimp['value']:.2f} ± {100 * blimp['stderr']:.2f}",
-                f"{100 * lambada['acc']['value']:.2f} ± {100 * lambada['acc']['stderr']:.2f}",
-                f"{lambada['perplexity']['value']:.4g}",
-            ]
-        )
     heads = ["model", "bits", "KL, nats", "BLiMP acc, %", "LAMBADA acc, %", "LAMBADA ppl"]
-    parts.append(markdown(heads, rows))
+    parts.append(markdown(heads, score_rows(record, ".4g")))
     pairs = [
         [
             f"{pair['a']} - {pair['b']}",
@@ -128,12 +116,6 @@ def zero_shot(record: dict[str, Any] | None) -> list[str]:
     ]
     heads = ["pair", "BLiMP, points", "LAMBADA, points", "LAMBADA, nats of the last word", "items"]
     return [*parts, markdown(heads, pairs), "A star marks an interval without zero."]
-
-
-def difference(pair: dict[str, Any], scale: float, form: str) -> str:
-    low, high = (format(scale * pair[key], form) for key in ("low", "high"))
-    star = " *" if pair["significant"] else ""
-    return f"{scale * pair['difference']:{form}} [{low}, {high}]{star}"
 
 
 def recipes(record: dict[str, Any] | None) -> list[str]:

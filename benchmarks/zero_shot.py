@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from zero_shot_cells import difference, score_rows
+
 from convex_caldera.evaluate.bootstrap import paired_bootstrap
 from convex_caldera.evaluate.table import plain_table
 from convex_caldera.workflow.compress import compress_to
@@ -144,22 +146,10 @@ def first_items(parts: list[str], share: float) -> list[int]:
 
 def page(record: dict[str, Any]) -> str:
     """The figures as Markdown with two fixed-width tables."""
-    rows = []
-    for name, score in record["models"].items():
-        blimp, lambada = score["blimp"]["acc"], score["lambada"]
-        rows.append(
-            (
-                name,
-                f"{score['bits_per_compressed_weight']:.3f}",
-                f"{score['kl']:.4f}",
-                f"{100 * blimp['value']:.2f} ± {100 * blimp['stderr']:.2f}",
-                f"{100 * lambada['acc']['value']:.2f} ± {100 * lambada['acc']['stderr']:.2f}",
-                f"{lambada['perplexity']['value']:.1f}",
-            )
-        )
     headings = ("model", "bits", "KL", "BLiMP, %", "LAMBADA, %", "LAMBADA ppl")
     lines = [f"# Zero-shot scores of {record['model']}", "", "```"]
-    lines += [plain_table(headings, rows), "```", "", "## Paired differences, a - b", ""]
+    lines += [plain_table(headings, score_rows(record, ".1f")), "```", ""]
+    lines += ["## Paired differences, a - b", ""]
     lines += ["`*` marks a 95 % interval without zero; then the least number of items for it.", ""]
     pairs = [
         (f"{c['a']} - {c['b']}", *(cell(c[f"{t} {m}"], m) for t, m in FIGURES))
@@ -171,9 +161,8 @@ def page(record: dict[str, Any]) -> str:
 
 def cell(pair: dict[str, Any], metric: str) -> str:
     scale, form = (1.0, "+.3f") if metric == "perplexity" else (100.0, "+.2f")
-    low, high = (format(scale * pair[key], form) for key in ("low", "high"))
-    sure = f" * {pair['significant_from_items']}" if pair["significant"] else ""
-    return f"{scale * pair['difference']:{form}} [{low}, {high}]{sure}"
+    items = f" {pair['significant_from_items']}" if pair["significant"] else ""
+    return difference(pair, scale, form) + items
 
 
 if __name__ == "__main__":
