@@ -61,6 +61,7 @@ HELD_OUT = 1 / 3
 # Held-out sequences that shrinkage is searched on, and layers, evenly spaced: one share serves
 # all of them. What it may draw to, second moments of inputs, settles on few windows too.
 SEARCHED, SEARCHED_LAYERS, INPUT_WINDOWS = 16, 16, 32
+FEW = "few_windows"
 # Layers whose factored curvature is kept: those being fitted, and one more.
 LAYERS_KEPT = 3
 
@@ -300,8 +301,9 @@ def gather(
     fallbacks = _vanishing(curvatures, options)
     inputs: dict[str, Tensor] = {}
     if fallbacks or options.shrinkage is None:
-        windows = tokens if fallbacks else tokens[:INPUT_WINDOWS]
-        saved = _input_statistics(skeleton, sites, windows, None, folder, progress)
+        # Of fewer windows than `calibrate` saves, hence in a folder of their own.
+        windows, where = (tokens, folder) if fallbacks else (tokens[:INPUT_WINDOWS], folder / FEW)
+        saved = _input_statistics(skeleton, sites, windows, None, where, progress)
         inputs = {s.name: saved[s.block][s.input_site].second_moment() for s in sites}
     shrinkage = options.shrinkage
     if shrinkage is None:
