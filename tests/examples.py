@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 # Examples of the profile "thorough"; "house", which is the default, gives QUICK in THOROUGH.
@@ -17,3 +21,13 @@ def examples(most: int) -> settings:
     profile = settings()
     share = (profile.max_examples or THOROUGH) / THOROUGH
     return settings(max_examples=max(FEWEST, round(share * most)))
+
+
+def first(quick: int, cases: Iterable[Any]) -> list[Any]:
+    """Cases of a parametrized law: the first few in every run, the others in the slow one."""
+    every = list(cases)
+    slow = [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+        for case in every[quick:]
+    ]
+    return [*every[:quick], *slow]

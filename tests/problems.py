@@ -1,5 +1,7 @@
 """Small problems with known structure, shared by many tests."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -20,6 +22,7 @@ def gaussian(m, n, seed=0, dtype=torch.float64):
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+@functools.cache
 def acceptance_case():
     """The synthetic CALDERA case of the literature notes: W (256, 256), H with ridge 0.01.
 

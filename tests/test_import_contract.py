@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,30 +39,59 @@ def test_import_contracts_hold():
     assert report.returncode == 0, report.stdout + report.stderr
 
 
-@pytest.mark.parametrize(
-    ("room", "line", "broken"),
-    [
-        ("core", "from convex_caldera.fit import backfit", "Rooms import only rooms below"),
-        ("linalg", "import convex_caldera.core.problem", "Rooms import only rooms below"),
-        ("fit", "import convex_caldera.allocate", "Rooms import only rooms below"),
-        ("errors.py", "import convex_caldera.linalg.factor", "Rooms import only rooms below"),
-        ("core", "def load():\n    import transformers", "transformers and datasets"),
-        ("linalg", "import cvxpy", "Modelling languages"),
-        ("evaluate", "import matplotlib.pyplot", "matplotlib only in report"),
-        ("recipes", "import triton", "triton only in runtime.kernels"),
-        ("fit", "import pydantic", "The mathematics knows nothing"),
-    ],
-)
-def test_import_contracts_notice_a_breach(tmp_path, room, line, broken):
-    shutil.copytree(SOURCE, tmp_path / "src/convex_caldera", ignore=_only_python)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    package = tmp_path / "src/convex_caldera"
+BREACHES = [
+    ("core", "from convex_caldera.fit import backfit", "Rooms import only rooms below"),
+    ("linalg", "import convex_caldera.core.problem", "Rooms import only rooms below"),
+    ("fit", "import convex_caldera.allocate", "Rooms import only rooms below"),
+    ("errors.py", "import convex_caldera.linalg.factor", "Rooms import only rooms below"),
+    ("core", "def load():\n    import transformers", "transformers and datasets"),
+    ("linalg", "import cvxpy", "Modelling languages"),
+    ("evaluate", "import matplotlib.pyplot", "matplotlib only in report"),
+    ("recipes", "import triton", "triton only in runtime.kernels"),
+    ("fit", "import pydantic", "The mathematics knows nothing"),
+]
+
+
+def plant(root: Path, room: str, line: str) -> None:
+    package = root / "src/convex_caldera"
     planted = package / room if room.endswith(".py") else package / room / "planted.py"
     with planted.open("a") as file:
         file.write(f"\n{line}\n")
-    report = lint(tmp_path)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "src/convex_caldera", ignore=_only_python)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def assert_broken(report, contract):
+    lines = report.stdout.splitlines()
+    assert any(contract in text and "BROKEN" in text for text in lines), report.stdout
+
+
+def test_import_contracts_notice_all_breaches_at_once(copied):
+    for room, line, _ in BREACHES:
+        plant(copied, room, line)
+    report = lint(copied)
     assert report.returncode == 1, report.stdout + report.stderr
-    assert any(broken in text and "BROKEN" in text for text in report.stdout.splitlines())
+    for room, line, broken in BREACHES:
+        assert_broken(report, broken)
+        owner = room.removesuffix(".py") if room.endswith(".py") else f"{room}.planted"
+        imported = line.split()[-1].removesuffix(".pyplot")
+        assert re.search(rf"convex_caldera\.{owner} -> \S*{imported}\b", report.stdout), (
+            report.stdout
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("room", "line", "broken"), BREACHES)
+def test_import_contracts_notice_a_breach(copied, room, line, broken):
+    plant(copied, room, line)
+    report = lint(copied)
+    assert report.returncode == 1, report.stdout + report.stderr
+    assert_broken(report, broken)
 
 
 def _only_python(folder: str, names: list[str]) -> set[str]:

@@ -18,6 +18,7 @@ from convex_caldera.errors import (
     RecipeError,
     ShapeError,
 )
+from tests.examples import first
 from tests.oracles.convex_program import Instance, random_instance, solve_by_cone
 
 ROUNDING = 1e-9  # relative; the checker below is plain double precision
@@ -70,13 +71,8 @@ def recompute(instance: Instance, found: ProgramSolution) -> tuple[float, float]
     return primal, dual
 
 
-def seeds(count: int, quick: int) -> list:
-    """So many seeds, of which the first few are tried in every run."""
-    return [s if s < quick else pytest.param(s, marks=pytest.mark.slow) for s in range(count)]
-
-
 @pytest.mark.parametrize("form", ["penalty", "constrained"])
-@pytest.mark.parametrize("seed", seeds(12, 3))
+@pytest.mark.parametrize("seed", first(3, range(12)))
 def test_program_certificate_recomputes(seed, form):
     instance = random_instance(seed, form)
     found = solve(instance, tol=1e-7)
@@ -91,7 +87,7 @@ def test_program_certificate_recomputes(seed, form):
 
 
 @pytest.mark.parametrize("form", ["penalty", "constrained"])
-@pytest.mark.parametrize("seed", seeds(6, 2))
+@pytest.mark.parametrize("seed", first(2, range(6)))
 def test_program_meets_a_cone_solver(seed, form):
     pytest.importorskip("cvxpy", reason="cvxpy is the oracle; pip install cvxpy")
     instance = random_instance(seed + 100, form, most=8)

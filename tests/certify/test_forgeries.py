@@ -10,6 +10,7 @@ from benchmarks.forging.contents import CONTENTS
 from convex_caldera.certify import verify
 from convex_caldera.errors import RecipeError
 from tests.certify.making import make
+from tests.examples import first
 
 KINDS = len(CLAIMS + CONTENTS)
 
@@ -29,10 +30,7 @@ def test_honest_outputs_are_accepted(honest):
         assert len(found.claims) == 13
 
 
-@pytest.mark.parametrize(
-    "number",
-    [n if n < KINDS else pytest.param(n, marks=pytest.mark.slow) for n in range(3 * KINDS)],
-)
+@pytest.mark.parametrize("number", first(KINDS, range(3 * KINDS)))
 def test_forgery_is_rejected(honest, tmp_path, number):
     kind, rejected, claim = forge(honest[number % 2], number, 7, tmp_path / "forged")
     assert rejected, f"{kind} passed; last claim: {claim}"

@@ -13,6 +13,7 @@ from convex_caldera.evaluate import Candidate, evaluate
 from convex_caldera.evaluate.divergence import token_scores
 from convex_caldera.evaluate.standard_error import clustered_mean
 from tests.evaluate.tiny import TEXT, byte_tokenizer, perturbed, tiny_llama
+from tests.examples import first
 from tests.oracles.evaluation import evaluate_literally
 
 # float32 logits and softmax against a float64 loop.
@@ -27,7 +28,8 @@ def candidates(*models):
 
 
 @pytest.mark.parametrize(
-    ("window", "stride", "bos"), [(32, 32, True), (32, 32, False), (24, 9, True), (24, 9, False)]
+    ("window", "stride", "bos"),
+    first(2, [(32, 32, True), (24, 9, False), (32, 32, False), (24, 9, True)]),
 )
 def test_evaluation_equals_a_literal_loop(window, stride, bos):
     tokenizer = byte_tokenizer(bos)

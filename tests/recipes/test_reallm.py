@@ -26,6 +26,7 @@ from convex_caldera.recipes.autoencoder import (
 from convex_caldera.recipes.ladder import Wishes
 from convex_caldera.recipes.reallm import BUCKETS, reallm_vq_ladder, reallm_vq_recipe
 from convex_caldera.storage.codec import recipe_layout
+from tests.examples import first
 from tests.problems import correlated_hessian, gaussian
 
 LARGE = (4096, 4096)
@@ -40,13 +41,16 @@ def stored_bits(recipe: Recipe, shape: tuple[int, int]) -> float:
 
 @pytest.mark.parametrize(
     ("inner", "published"),
-    [
-        (NormalFloat(2, -1), 0.305),
-        (KMeans(2, 1, -1), 0.1134),
-        (KMeans(2, 2, -1), 0.1057),
-        (KMeans(2, 4, -1), 0.0935),
-        (KMeans(3, 2, -1), 0.0270),
-    ],
+    first(
+        3,
+        [
+            (NormalFloat(2, -1), 0.305),
+            (KMeans(2, 1, -1), 0.1134),
+            (KMeans(2, 2, -1), 0.1057),
+            (KMeans(2, 4, -1), 0.0935),
+            (KMeans(3, 2, -1), 0.0270),
+        ],
+    ),
     ids=str,
 )
 def test_distortions_are_those_of_the_literature(inner: Quantizer, published: float) -> None:

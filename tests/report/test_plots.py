@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
 
 from convex_caldera.errors import RecipeError, ShapeError
 from convex_caldera.report import mission
@@ -70,6 +69,12 @@ FIGURES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Nobody looks at these pictures."""
+    monkeypatch.setattr(canvas, "PNG_DPI", 50)
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_figure_is_valid_svg(tmp_path, name):
     path = tmp_path / "figure.svg"
@@ -122,6 +127,8 @@ def test_looks_are_distinct_and_the_product_keeps_its_own():
 
 
 def test_rank_correlation_is_spearmans():
+    from scipy.stats import spearmanr  # slow to import
+
     rng = np.random.default_rng(0)
     for _ in range(20):
         x, y = rng.integers(0, 6, (2, 12)).astype(float)

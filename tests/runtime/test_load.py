@@ -17,6 +17,7 @@ from convex_caldera.runtime import CompressedLinear
 from convex_caldera.runtime.hf import register
 from convex_caldera.runtime.load import load
 from convex_caldera.storage import export_dense, open_container
+from tests.examples import first
 from tests.storage.making import make_output
 
 CASES: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ def logits(model: Any) -> torch.Tensor:
     return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first(3, CASES))
 def test_both_loaders_and_the_export_agree(case: str, output: Any, tmp_path: Path) -> None:
     directory = output(case)
     ours = load(directory, dtype=torch.float32)
