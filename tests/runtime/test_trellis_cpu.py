@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from convex_caldera.quantizers.trellis import FittedTrellis, Trellis
 from convex_caldera.quantizers.trellis_stream import Tiling
-from convex_caldera.runtime.kernels import REFERENCE, kernel_for, trellis_cpu
+from convex_caldera.runtime.kernels import REFERENCE, kernel_for, trellis_cpu, trellis_wide
 from tests.examples import examples
 
 # Encoders do not matter to a decoder: streams are random bits, of every format a file may have.
@@ -73,3 +74,52 @@ def test_inputs_beyond_the_width_are_not_read() -> None:
     x = torch.zeros(1, 19)
     x[0, 18] = 1.0
     torch.testing.assert_close(trellis_cpu.multiply(fitted, packed, x)[0], W[:, 18])
+
+
+# --- the way of wide registers ------------------------------------------------------------------
+
+wide = pytest.mark.skipif(not trellis_wide.available(), reason="needs AVX-512 VBMI and VNNI")
+NARROW = [name for name, q in QUANTIZERS.items() if q.state_bits <= trellis_wide.MAX_STATE_BITS]
+
+
+def without_wide_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trellis_wide, "available", lambda: False)
+
+
+@wide
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", NARROW)
+def test_wide_product_equals_the_narrow_one(
+    name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, packed, _ = random_coded(QUANTIZERS[name], (96, 64), seed=7)
+    x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(8))
+    found = trellis_cpu.multiply(fitted, packed, x)
+    without_wide_registers(monkeypatch)
+    assert torch.equal(found, trellis_cpu.multiply(fitted, packed, x))
+
+
+@wide
+def test_threads_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, packed, _ = random_coded(Trellis(2.0, 14, "mul1", 2), (112, 32), seed=9)
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(8))
+    alone = trellis_cpu.multiply(fitted, packed, x)
+    monkeypatch.setattr(trellis_wide, "THREAD_WEIGHTS", 512)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(trellis_cpu.multiply(fitted, packed, x), alone)
+
+
+@pytest.mark.parametrize("sixteenths", [16, 20, 25, 32, 55, 128])
+def test_places_and_shifts_cut_out_the_windows(sixteenths: int) -> None:
+    """Windows of a random stream by the tables, beside those of the written format."""
+    L, rng = 25, np.random.default_rng(sixteenths)
+    tile = rng.integers(0, 256, 2 * sixteenths, dtype=np.uint8)
+    stream = np.concatenate([tile[-4:], tile, np.zeros(64, np.uint8)])
+    bits = "".join(f"{byte:08b}" for byte in stream)
+    places, shifts = (t.reshape(16, 16, -1) for t in trellis_wide.row_tables(sixteenths, L))
+    for row in range(16):
+        begin = max(row * sixteenths // 8, 0) if row * sixteenths >= 32 else 0
+        for c in range(16):
+            taken = int.from_bytes(stream[begin:][places[row, c]].tobytes(), "little")
+            end = 32 + (16 * row + c + 1) * sixteenths // 16
+            assert taken >> int(shifts[row, c, 0]) & (1 << L) - 1 == int(bits[end - L : end], 2)
