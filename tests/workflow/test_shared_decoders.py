@@ -19,13 +19,26 @@ from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.decoders import Trained, read_decoder, write_decoder
 from convex_caldera.workflow.settings import make_settings
+from tests.examples import first
 from tests.workflow.running import NSAMPLES, SEQLEN
 
 
-def test_one_layer_stores_it_and_both_loaders_find_it(compressed: Any, tmp_path: Path) -> None:
+@pytest.fixture(params=first(1, ["one epoch on one block", "as offered"]))
+def directory(request: Any, compressed: Any, tiny_model: Any, text: Path, tmp_path: Path) -> Path:
+    """A compressed model whose layers share decoders."""
+    if request.param == "as offered":
+        return compressed("reallm-ae").directory
+    settings = make_settings(
+        model=str(tiny_model("llama", num_hidden_layers=1)), method="reallm-ae", bits=8.0,
+        neural=("epochs=1",), dataset=str(text), nsamples=NSAMPLES, seqlen=SEQLEN,
+    )  # fmt: skip
+    compress_to(settings, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_one_layer_stores_it_and_both_loaders_find_it(directory: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    directory = compressed("reallm-ae").directory
     container = open_container(directory)
     homes = {name: homes_of(spec) for name, (_, spec) in container.layers.items()}
     owners = {name for name, found in homes.items() if not found}
