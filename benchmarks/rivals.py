@@ -38,29 +38,38 @@ RIVALS: dict[float, dict[str, tuple[float, float | None]]] = {
 }
 
 
-def compressed(bits: float, data: Path, folder: Path) -> tuple[Path, dict]:
-    """The output at a budget and its summary, made unless it is there."""
-    out, summary = folder / f"{bits:g}", folder / f"{bits:g}.json"
-    if not out.is_dir():
+# What convex-caldera is run with: as it comes, and with each layer fitted once.
+WAYS: dict[str, dict[str, str]] = {
+    "convex-caldera": {},
+    "convex-caldera, original targets": {"targets": "original", "shrinkage": "none"},
+}
+
+
+def compressed(way: str, bits: float, data: Path, folder: Path) -> tuple[Path, dict]:
+    """The output of one way at a budget, and its summary, made unless it is there."""
+    out = folder / f"{list(WAYS).index(way)}-{round(100 * bits)}"
+    summary = out.with_suffix(".json")
+    if not summary.is_file():
         settings = make_settings(
-            model=str(data / MODEL), bits=bits, dataset=str(data / CALIBRATION)
+            model=str(data / MODEL), bits=bits, dataset=str(data / CALIBRATION), **WAYS[way]
         )
         summary.write_text(json.dumps(compress_to(settings, out).to_dict()))
-    return out, json.loads(summary.read_text()) if summary.is_file() else {}
+    return out, json.loads(summary.read_text())
 
 
 def table(rows: list[dict]) -> str:
     lines = ["| stored bits | method | KL, nats | of the best rival | s |", "|---|---|---|---|---|"]
-    for row in rows:
-        best = min(kl for kl, _ in RIVALS[row["bits"]].values())
-        for name, (kl, seconds) in RIVALS[row["bits"]].items():
+    for bits, rivals in RIVALS.items():
+        best = min(kl for kl, _ in rivals.values())
+        for name, (kl, seconds) in rivals.items():
             took = f"{seconds:.0f}" if seconds else ""
-            lines.append(f"| {row['bits']} | {name} | {kl:.4f} | {kl / best:.2f} | {took} |")
-        took = f"{row['seconds']:.0f}" if row.get("seconds") else ""
-        lines.append(
-            f"| {row['bits']} | **convex-caldera** ({row['stored_bits']:.3f}) | "
-            f"{row['kl']:.5f} | {row['kl'] / best:.3f} | {took} |"
-        )
+            lines.append(f"| {bits} | {name} | {kl:.4f} | {kl / best:.2f} | {took} |")
+        lines += [
+            f"| {bits} | **{row['way']}** ({row['stored_bits']:.3f}) | {row['kl']:.5f} "
+            f"| {row['kl'] / best:.3f} | {row['seconds']:.0f} |"
+            for row in rows
+            if row["bits"] == bits
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -71,20 +80,21 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=204_800)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rivals.json"))
     args = parser.parse_args()
+    cells = [(way, bits) for bits in RIVALS for way in WAYS]
     with tempfile.TemporaryDirectory(prefix="rivals-") as scratch:
         folder = args.keep or Path(scratch)
-        found = {bits: compressed(bits, args.data, folder) for bits in RIVALS}
-        outs = [str(out) for out, _ in found.values()]
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [compressed(way, bits, args.data, folder) for way, bits in cells]
         result = evaluate_models(
-            [str(args.data / MODEL), *outs], str(args.data / TEXT), bos=False,
-            max_tokens=args.max_tokens,
+            [str(args.data / MODEL), *(str(out) for out, _ in found)], str(args.data / TEXT),
+            bos=False, max_tokens=args.max_tokens,
         ).to_dict()  # fmt: skip
     original, *scores = result["models"]
     rows = [
-        {"bits": bits, "stored_bits": score["bits_per_compressed_weight"], "kl": score["kl"],
-         "perplexity": score["perplexity"], "predicted": found[bits][1].get("distortion"),
-         "seconds": found[bits][1].get("seconds")}
-        for bits, score in zip(RIVALS, scores, strict=True)
+        {"way": way, "bits": bits, "stored_bits": score["bits_per_compressed_weight"],
+         "kl": score["kl"], "perplexity": score["perplexity"], "predicted": summary["distortion"],
+         "held_out_kl": summary["held_out_kl"], "seconds": summary["seconds"]}
+        for (way, bits), (_, summary), score in zip(cells, found, scores, strict=True)
     ]  # fmt: skip
     record = {"original_perplexity": original["perplexity"], "rows": rows}
     args.out.write_text(json.dumps(record, indent=1) + "\n")
