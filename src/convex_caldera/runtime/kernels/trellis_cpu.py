@@ -14,6 +14,7 @@ the instructions and tiles are whole, `trellis_wide` does the same in a third of
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
-from convex_caldera.quantizers.trellis import FittedTrellis
+from convex_caldera.quantizers.trellis import FittedTrellis, Trellis
 from convex_caldera.quantizers.trellis_codes import (
     BYTE_SUM_CODES,
     BYTE_SUM_MEAN,
     QUANTILE_BITS,
+    Code,
     quantiles,
 )
 from convex_caldera.quantizers.trellis_simd import (
@@ -93,14 +95,20 @@ def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(x.detach(), (0, -n % TILE)).contiguous()
     out = np.empty((tokens, m), np.float32)
     if trellis_wide.suits(m, n, fitted.quantizer.state_bits):
-        layout, inputs = _format(fitted)[0], padded.numpy()
+        layout, inputs = _format(fitted.shape, fitted.quantizer, fitted.code)[0], padded.numpy()
         threads = torch.get_num_threads()
         trellis_wide.multiply(
             packed.numpy(), layout, quantiles(), _units(fitted), inputs, out, threads
         )
         return torch.from_numpy(out)
     sums = lines(tokens * TILE * TILE)
-    args = (*_format(fitted), quantiles(), *_scratch(), sums, padded.view(-1).numpy())
+    args = (
+        *_format(fitted.shape, fitted.quantizer, fitted.code),
+        quantiles(),
+        *_scratch(),
+        sums,
+        padded.view(-1).numpy(),
+    )
     _multiply(packed.numpy(), *args, _units(fitted), out)
     return torch.from_numpy(out)
 
@@ -116,7 +124,10 @@ def decoded_slices(fitted: FittedTrellis, packed: Tensor) -> Slices:
     m, n = fitted.shape
     step = max(SLICE_VALUES // (n * TILE), 1) * TILE
     buffer = np.empty((min(step, m), n), np.float32)
-    layout, units = (*_format(fitted), quantiles(), *_scratch()), _units(fitted)
+    layout, units = (
+        (*_format(fitted.shape, fitted.quantizer, fitted.code), quantiles(), *_scratch()),
+        _units(fitted),
+    )
     for start in range(0, m, step):
         rows = slice(start, min(start + step, m))
         out = buffer[: rows.stop - rows.start]
@@ -136,9 +147,9 @@ def _units(fitted: FittedTrellis) -> NDArray[np.float32]:
     return (fitted.scale * rows).expand(fitted.shape[0]).contiguous().numpy()
 
 
-def _format(fitted: FittedTrellis) -> tuple[_Format, Array, Array]:
+@lru_cache(maxsize=256)
+def _format(shape: tuple[int, int], q: Trellis, code: Code) -> tuple[_Format, Array, Array]:
     """The format, the bit where each group's first window starts, and each lane's shift."""
-    q, code = fitted.quantizer, fitted.code
     if code.name == "weyl":
         constants = (WEYL, code.multiplier, 0, 0, 1)
     elif code.name in BYTE_SUM_CODES:
@@ -154,7 +165,7 @@ def _format(fitted: FittedTrellis) -> tuple[_Format, Array, Array]:
     kind, *numbers = constants
     multiplier, addend, mix, second = (np.uint32(number) for number in numbers)
     rates = q.sixteenths, q.state_bits, q.chain
-    layout = _Format(*fitted.shape, *rates, kind, multiplier, addend, mix, second, group)
+    layout = _Format(*shape, *rates, kind, multiplier, addend, mix, second, group)
     return layout, firsts + (_PREFIX - q.state_bits), shifts
 
 

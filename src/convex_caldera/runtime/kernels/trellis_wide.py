@@ -193,6 +193,7 @@ def gathered(typing: Any, index: Any, table: Any) -> Any:
     return lanes(words, table), generate
 
 
+@lru_cache(maxsize=64)
 def row_tables(sixteenths: int, state_bits: int) -> tuple[Bytes, NDArray[np.uint32]]:
     """Places (16, 64) and shifts (16, 16) of the windows of a tile's rows, flat.
 
