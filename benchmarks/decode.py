@@ -1,14 +1,16 @@
 """Multiplying by packed codes at batch 1 beside a bfloat16 matrix product of the same shape.
 
-    python benchmarks/decode.py [--sizes 1024 2048 4096] [--pairs 9] [--out FILE.json]
+    python benchmarks/decode.py [--sizes 1024 4096] [--pairs 9] [--threads 1] [--only BEGINNING ...]
+                                [--out FILE.json]
 
 Trellis codes at L = 14 and rates 1 to 8, the byte-sum and half-sum codes, and E8P. Codes are
 random bits: what is timed does not depend on them. One thread each, seconds of that thread's
-CPU, since other work on the machine would count otherwise. Pairs of one bfloat16 product and
-one packed product alternate, so that both see the same machine, and the ratio is the median of
-the pairs' ratios. Bandwidth is the bytes that a kernel reads from the packed codes a second, its
-share that of a copy's reading in the same run, over buffers as large as the bfloat16 matrix, so
-from the same level of the memory.
+CPU, since other work on the machine would count otherwise; with more threads, seconds of the
+clock. Pairs of one bfloat16 product and one packed product alternate, so that both see the same
+machine, and the ratio is the median of the pairs' ratios. Bandwidth is the bytes that a kernel
+reads from the packed codes a second, its share that of a copy's reading in the same run, over
+buffers as large as the bfloat16 matrix, so from the same level of the memory. Files are written
+after every row; rows of other sizes, codes or threads stay in them.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ def packed_at_random(quantizer: Quantizer, size: int) -> tuple[FittedQuantizer, 
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    start = time.thread_time()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     for _ in range(repeats):
         work()
-    return (time.thread_time() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def paired(one: Callable[[], object], two: Callable[[], object], pairs: int) -> list[list[float]]:
@@ -83,10 +86,12 @@ def measure(quantizer: Quantizer, size: int, pairs: int) -> dict[str, float]:
     copy = 2 * size**2 / statistics.median(pair[1] for pair in copies)
     return {
         "size": size,
+        "threads": torch.get_num_threads(),
         "bits": 8 * packed.numel() / size**2,
         "milliseconds": 1e3 * ours,
         "bf16_milliseconds": 1e3 * statistics.median(pair[0] for pair in times),
         "ratio": statistics.median(ratios),
+        "pairs": pairs,
         "ratio_least": min(ratios),
         "ratio_most": max(ratios),
         "gigabytes_a_second": packed.numel() / ours / 1e9,
@@ -97,14 +102,14 @@ def measure(quantizer: Quantizer, size: int, pairs: int) -> dict[str, float]:
 
 
 HEADER = (
-    "| codes | size | ms | bf16 ms | time ratio (least .. most) | GB / s | share of a copy's |"
-    " ns / weight |\n|---|---|---|---|---|---|---|---|"
+    "| codes | size | threads | ms | bf16 ms | time ratio (least .. most) | GB / s |"
+    " share of a copy's | ns / weight |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(row: dict) -> str:
     return (
-        f"| {row['codes']} | {row['size']} | {row['milliseconds']:.2f} |"
+        f"| {row['codes']} | {row['size']} | {row['threads']} | {row['milliseconds']:.2f} |"
         f" {row['bf16_milliseconds']:.2f} | {row['ratio']:.2f}"
         f" ({row['ratio_least']:.2f} .. {row['ratio_most']:.2f}) |"
         f" {row['gigabytes_a_second']:.2f} | {100 * row['bandwidth_share']:.1f} % |"
@@ -120,32 +125,43 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows: list[dict] = []
+def key(row: dict) -> tuple:
+    return row["size"], row["threads"], row["codes"]
+
+
+def save(path: Path, rows: list[dict]) -> None:
+    """All rows known so far, as JSON and as a table."""
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": processor(),
         "torch": torch.__version__,
-        "threads": 1,
-        "pairs": args.pairs,
         "rows": rows,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    intro = f"Batch 1, {record['machine']}, {record['date']}.\n\n"
+    path.with_suffix(".md").write_text(intro + "\n".join([HEADER, *map(line, rows)]) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    rows = {key(row): row for row in known}
     print(HEADER)
-    for name, quantizer in QUANTIZERS.items():
-        for size in args.sizes if name.startswith(tuple(args.only)) else ():
-            rows.append({"codes": name} | measure(quantizer, size, args.pairs))
-            print(line(rows[-1]), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    intro = f"Batch 1, one thread, {record['machine']}, {record['date']}, {args.pairs} pairs.\n\n"
-    args.out.with_suffix(".md").write_text(intro + "\n".join([HEADER, *map(line, rows)]) + "\n")
+    for size in args.sizes:
+        for name, quantizer in QUANTIZERS.items():
+            if name.startswith(tuple(args.only)):
+                row = {"codes": name} | measure(quantizer, size, args.pairs)
+                rows[key(row)] = row
+                print(line(row), flush=True)
+                save(args.out, sorted(rows.values(), key=lambda row: (row["size"], row["threads"])))
 
 
 if __name__ == "__main__":
