@@ -15,8 +15,7 @@ from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
 from convex_caldera.finetune.parts import CODEBOOK_FIELDS, SCALE_FIELDS, Wish
-
-INNER = "inner_"
+from convex_caldera.quantizers.nested import INNER
 
 
 def trainable_fields(fitted: FittedQuantizer, wish: Wish) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ from convex_caldera.quantizers.groups import (
     checked_tensor,
     sliced_shape,
 )
+from convex_caldera.quantizers.nested import FittedNesting, Layout, Nesting, check_inner
 
-INNER = "inner_"  # prefix of the inner quantizer's tensors
 # Kinds that hold others, which double_scale therefore does not hold.
 NESTING = ("double_scale", "strip_order")
 # Where a step of a denormal would make scale codes meaningless.
@@ -43,7 +43,7 @@ LEAST_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
-class DoubleScale:
+class DoubleScale(Nesting):
     """Group scales on `scale_bits` bits around another quantizer of the normalized weights.
 
     Args:
@@ -77,12 +77,6 @@ class DoubleScale:
     def block(self) -> int:
         return self.inner.block
 
-    @property
-    def bits(self) -> float:
-        """Code bits a weight, those of the inner quantizer."""
-        bits: float = self.inner.bits  # type: ignore[attr-defined]
-        return bits
-
     def fit(
         self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0
     ) -> FittedDoubleScale:
@@ -111,22 +105,15 @@ class DoubleScale:
         grid = self._grid(shape, *self._quantized(groups.split(W.float()).abs().amax(-1)))
         return _divided(W.float(), groups.spread(grid, 0, shape[1]))
 
-    @property
-    def borrows(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Tensors that `restore` needs and another layer stores."""
-        return {INNER + name: item for name, item in borrows(self.inner).items()}
-
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Scale codes, a step per super group, the offset, and what the inner one stores."""
         scales = _count(shape, self.group_size)
-        inner = self.inner.layout(shape)
-        return {
-            "codes": inner.pop("codes"),
+        own: Layout = {
             "scale_codes": (torch.uint8, (packed_bytes(scales, self.scale_bits),)),
             "steps": (torch.float32, (-(-scales // self.super_group),)),
             "offset": (torch.float32, (1,)),
-            **{INNER + name: item for name, item in inner.items()},
         }
+        return self.layout_around(shape, own)
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedDoubleScale:
         """From `FittedDoubleScale.tensors()`; FormatError if something does not fit."""
@@ -140,7 +127,7 @@ class DoubleScale:
             raise FormatError("steps and offset of scales are not negative: altered file")
         codes = unpack_bits(own["scale_codes"], self.scale_bits, scales)
         grid = self._grid(shape, codes, own["steps"], own["offset"])
-        inner = self.inner.restore(shape, inner_tensors(self.inner, shape, tensors, INNER))
+        inner = self.restored_inner(shape, tensors)
         return FittedDoubleScale(self, shape, codes, own["steps"], own["offset"], grid, inner)
 
     def _quantized(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +153,7 @@ class DoubleScale:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedDoubleScale:
+class FittedDoubleScale(FittedNesting):
     """DoubleScale with its scales; codes are those of the inner quantizer.
 
     `grid` holds the decoded scales, (m, groups) float32. Of a slice of rows, `tensors()` still
@@ -180,10 +167,6 @@ class FittedDoubleScale:
     offset: Tensor
     grid: Tensor
     inner: FittedQuantizer
-
-    @property
-    def row_block(self) -> int:
-        return self.inner.row_block
 
     @property
     def position_free(self) -> bool:
@@ -213,50 +196,18 @@ class FittedDoubleScale:
             inner,
         )
 
-    def pack(self, codes: Tensor) -> Tensor:
-        return self.inner.pack(codes)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        return self.inner.unpack(packed)
-
     def tensors(self) -> dict[str, Tensor]:
         """`scale_codes` packed, `steps`, `offset`, and the inner tensors under "inner_"."""
         return {
             "scale_codes": pack_bits(self.scale_codes, self.quantizer.scale_bits),
             "steps": self.steps,
             "offset": self.offset,
-            **{INNER + name: tensor for name, tensor in self.inner.tensors().items()},
+            **self.inner_tensors(),
         }
 
     def _scales(self, x: Tensor, start: int) -> Tensor:
         groups = Groups(self.shape, self.quantizer.group_size)
         return groups.spread(self.grid.to(x.device), start, x.shape[1])
-
-
-def check_inner(inner: Quantizer, kind: str, refused: tuple[str, ...]) -> None:
-    """RecipeError unless the inner quantizer may be within one of this kind."""
-    if inner.kind in refused:
-        raise RecipeError(f"{inner.kind} cannot be within {kind}")
-
-
-def borrows(quantizer: Quantizer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Tensors that `restore` needs beside those of its layout, since another layer stores them."""
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = getattr(quantizer, "borrows", {})
-    return found
-
-
-def inner_tensors(
-    inner: Quantizer, shape: tuple[int, int], tensors: Mapping[str, Tensor], prefix: str
-) -> dict[str, Tensor]:
-    """The tensors of a quantizer within another, checked here so that messages name them whole.
-
-    Raises FormatError for one that is missing, or of another dtype or shape.
-    """
-    found = {}
-    for name, (dtype, size) in {**inner.layout(shape), **borrows(inner)}.items():
-        if name != "codes":
-            found[name] = checked_tensor(tensors, prefix + name, size, dtype)
-    return found
 
 
 def _count(shape: tuple[int, int], group_size: int) -> int:

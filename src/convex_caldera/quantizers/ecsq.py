@@ -163,11 +163,6 @@ class FittedECSQ(ScalarCodes):
     def position_free(self) -> bool:
         return True
 
-    @property
-    def blocks(self) -> int:
-        """Codes of a row."""
-        return self.shape[1]
-
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Codes (m, d) of the cells that columns start .. start + d lie in."""
         check_columns(x, self.shape, start, 1)

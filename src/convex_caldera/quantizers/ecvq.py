@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers.ecsq import header_bytes, within_rate
+from convex_caldera.quantizers.grouped import BlockCodes
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     check_codes,
@@ -149,7 +150,7 @@ class ECVQ:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedECVQ:
+class FittedECVQ(BlockCodes):
     """ECVQ with its codebook, the last codeword repeated where fewer are used. Codes (m, blocks).
 
     `costs` of the codewords used, lambda * length, are not stored: a restored quantizer encodes to
@@ -163,17 +164,8 @@ class FittedECVQ:
     costs: Tensor | None = None
 
     @property
-    def row_block(self) -> int:
-        return 1
-
-    @property
     def position_free(self) -> bool:
         return True
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a row."""
-        return -(-self.shape[1] // self.quantizer.dim)
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Codes (m, ceil(d / dim)), uint8, of columns start .. start + d; missing ones are free."""
@@ -200,18 +192,6 @@ class FittedECVQ:
     def take_rows(self, rows: slice) -> FittedECVQ:
         shape = sliced_shape(self.shape, rows)
         return FittedECVQ(self.quantizer, shape, self.scales, self.codebook, self.costs)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`code_bits` bits per block, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.code_bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        count = self.shape[0] * self.blocks
-        codes = unpack_bits(packed, self.quantizer.code_bits, count)
-        return codes.view(self.shape[0], self.blocks)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"scales": self.scales, "codebook": self.codebook}
 
 
 def entropy_constrained(

@@ -1,4 +1,4 @@
-"""What fitted scalar quantizers share: one code per weight and, mostly, one scale per group."""
+"""What fitted quantizers share: codes of weights or of blocks, and one scale per group."""
 
 from __future__ import annotations
 
@@ -29,13 +29,40 @@ class ScalarCodes:
         width: int = self.quantizer.bits
         return width
 
+    @property
+    def blocks(self) -> int:
+        """Codes of a row."""
+        return self.shape[1]
+
     def pack(self, codes: Tensor) -> Tensor:
         """`code_bits` bits per code, row-major (`coding.bitpack`)."""
         return pack_bits(codes, self.code_bits)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        m, n = self.shape
-        return unpack_bits(packed, self.code_bits, m * n).view(m, n)
+        m, blocks = self.shape[0], self.blocks
+        return unpack_bits(packed, self.code_bits, m * blocks).view(m, blocks)
+
+
+class BlockCodes(ScalarCodes):
+    """Codes (m, blocks), one for every `quantizer.dim` columns begun, of a codebook (K, dim).
+
+    For frozen dataclasses whose fields include these four.
+    """
+
+    scales: Tensor
+    codebook: Tensor
+
+    @property
+    def code_bits(self) -> int:
+        width: int = self.quantizer.code_bits
+        return width
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.shape[1] // int(self.quantizer.dim))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scales": self.scales, "codebook": self.codebook}
 
 
 class GroupScaled(ScalarCodes):

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
+from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.core.seeds import generator
 from convex_caldera.errors import RecipeError
+from convex_caldera.quantizers.grouped import BlockCodes
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     Groups,
@@ -195,7 +196,7 @@ class KMeans:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedKMeans:
+class FittedKMeans(BlockCodes):
     """KMeans with scales and codebook. Codes are (m, ceil(n / dim)), uint8 or int32.
 
     Columns missing from a row's last block have no weight and are dropped in decoding. With an
@@ -209,17 +210,8 @@ class FittedKMeans:
     importance: Tensor | None = None
 
     @property
-    def row_block(self) -> int:
-        return 1
-
-    @property
     def position_free(self) -> bool:
         return self.scales.numel() == 1 and self.importance is None
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of a row."""
-        return -(-self.shape[1] // self.quantizer.dim)
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Nearest codes (m, ceil(d / dim)) of columns start .. start + d."""
@@ -249,18 +241,6 @@ class FittedKMeans:
         scales = Groups(self.shape, self.quantizer.group_size).take_rows(self.scales, rows)
         shape = sliced_shape(self.shape, rows)
         return FittedKMeans(self.quantizer, shape, scales, self.codebook, self.importance)
-
-    def pack(self, codes: Tensor) -> Tensor:
-        """`code_bits` bits per block, row-major (`coding.bitpack`)."""
-        return pack_bits(codes, self.quantizer.code_bits)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        count = self.shape[0] * self.blocks
-        codes = unpack_bits(packed, self.quantizer.code_bits, count)
-        return codes.view(self.shape[0], self.blocks)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"scales": self.scales, "codebook": self.codebook}
 
     def block_scales(self, first: int, count: int) -> Tensor:
         """Scales of blocks first .. first + count of every row, broadcastable to (m, count)."""

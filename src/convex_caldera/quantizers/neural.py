@@ -25,9 +25,9 @@ from torch import Tensor
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
-from convex_caldera.quantizers.double_scale import INNER
 from convex_caldera.quantizers.groups import check_finite, check_matrix, checked_tensor
 from convex_caldera.quantizers.kmeans import floored
+from convex_caldera.quantizers.nested import INNER, Layout
 from convex_caldera.quantizers.neural_decoder import Decoder, DecoderShape
 from convex_caldera.quantizers.neural_embedding import embed, embedding_values
 from convex_caldera.quantizers.neural_encoder import Encoder
@@ -36,7 +36,6 @@ from convex_caldera.quantizers.neural_training import Training, train
 
 WHOLE = 1 << 30  # columns that one call of `encode` consumes: all of them
 LARGEST = 1.5  # values beyond which a matrix was not divided by its scales
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ from torch import Tensor
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, RecipeError, ShapeError
-from convex_caldera.quantizers.double_scale import INNER, borrows, check_inner, inner_tensors
 from convex_caldera.quantizers.groups import check_finite, check_matrix, checked_tensor
+from convex_caldera.quantizers.nested import FittedNesting, Layout, Nesting, check_inner
 
 WHOLE = 1 << 30  # columns that one call of `encode` consumes: all of them
 MOST_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True)
-class StripOrder:
+class StripOrder(Nesting):
     """Sort the columns of each strip of rows before another quantizer codes them.
 
     Args:
@@ -63,12 +63,6 @@ class StripOrder:
     def block(self) -> int:
         return WHOLE
 
-    @property
-    def bits(self) -> float:
-        """Code bits a weight, those of the inner quantizer."""
-        bits: float = self.inner.bits  # type: ignore[attr-defined]
-        return bits
-
     def width(self, columns: int) -> int:
         """Bits of an index; RecipeError beyond 65536 columns."""
         if columns > MOST_COLUMNS:
@@ -97,20 +91,11 @@ class StripOrder:
         inner = self.inner.fit(_sorted(W.float(), order, self.strip), importance=spread, gain=gain)
         return FittedStripOrder(replace(self, inner=inner.quantizer), shape, order, inner)
 
-    @property
-    def borrows(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Tensors that `restore` needs and another layer stores."""
-        return {INNER + name: item for name, item in borrows(self.inner).items()}
-
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """The orders as one bit stream, and what the inner quantizer stores."""
-        inner = self.inner.layout(shape)
         indices = self.strips(shape[0]) * shape[1]
-        return {
-            "codes": inner.pop("codes"),
-            "order": (torch.uint8, (packed_bytes(indices, self.width(shape[1])),)),
-            **{INNER + name: item for name, item in inner.items()},
-        }
+        size = packed_bytes(indices, self.width(shape[1]))
+        return self.layout_around(shape, {"order": (torch.uint8, (size,))})
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedStripOrder:
         """From `FittedStripOrder.tensors()`; FormatError if an order is no permutation."""
@@ -121,22 +106,18 @@ class StripOrder:
         columns = torch.arange(n, device=order.device).expand(rows, n)
         if not torch.equal(order.sort(1).values, columns):
             raise FormatError(f"order does not list each of {n} columns once in every strip")
-        inner = self.inner.restore(shape, inner_tensors(self.inner, shape, tensors, INNER))
+        inner = self.restored_inner(shape, tensors)
         return FittedStripOrder(self, shape, order, inner)
 
 
 @dataclass(frozen=True, eq=False)
-class FittedStripOrder:
+class FittedStripOrder(FittedNesting):
     """StripOrder with its orders (strips, n): column k of V_i is column order[i, k] of W_i."""
 
     quantizer: StripOrder
     shape: tuple[int, int]
     order: Tensor
     inner: FittedQuantizer
-
-    @property
-    def row_block(self) -> int:
-        return self.inner.row_block
 
     @property
     def position_free(self) -> bool:
@@ -169,19 +150,10 @@ class FittedStripOrder:
         shape = (stop - start, self.shape[1])
         return FittedStripOrder(self.quantizer, shape, order, self.inner.take_rows(rows))
 
-    def pack(self, codes: Tensor) -> Tensor:
-        return self.inner.pack(codes)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        return self.inner.unpack(packed)
-
     def tensors(self) -> dict[str, Tensor]:
         """`order` packed, and the inner tensors under "inner_"."""
         width = self.quantizer.width(self.shape[1])
-        return {
-            "order": pack_bits(self.order, width),
-            **{INNER + name: tensor for name, tensor in self.inner.tensors().items()},
-        }
+        return {"order": pack_bits(self.order, width), **self.inner_tensors()}
 
 
 def _sorted(W: Tensor, order: Tensor, strip: int) -> Tensor:

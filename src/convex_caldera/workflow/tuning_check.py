@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from convex_caldera.errors import RecipeError
 from convex_caldera.finetune.parts import CODEBOOK_FIELDS, SCALE_FIELDS, Wish
-from convex_caldera.finetune.quantizer_fields import INNER
 from convex_caldera.finetune.stored import StoredModel
+from convex_caldera.quantizers.nested import INNER
 from convex_caldera.storage.shard import DTYPES
 from convex_caldera.storage.spec import Spec
 
