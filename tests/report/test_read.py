@@ -201,3 +201,25 @@ def test_short_kinds_stay_distinct():
     short = short_kinds(kinds)
     assert len(set(short.values())) == len(kinds)
     assert short["mlp.proj"] == "mlp.proj"
+
+
+def test_seconds_and_memory_go_to_the_run_that_took_them(tmp_path):
+    outs = [making.write_run(tmp_path / name) for name in ("one", "two")]
+    size = making.COMPRESSED_BYTES + making.REST_BYTES
+    record = {"output": "runs/two", "file_bytes": size, "seconds": 9.5, "peak_memory_bytes": 7_000}
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(record))
+    runs, evaluations = read_inputs(outs, [path])
+    assert [(run.seconds, run.peak_memory_bytes) for run in runs] == [(None, None), (9.5, 7_000)]
+    assert evaluations == []
+    for changed in ({"output": "runs/three"}, {"file_bytes": size + 1}):
+        path.write_text(json.dumps(record | changed))
+        with pytest.raises(FormatError, match="no such directory is given"):
+            read_inputs(outs, [path])
+
+
+def test_layers_of_a_tower_are_told_from_those_of_the_language_model():
+    own = place_of("language_model.model.layers.3.self_attn.q_proj")
+    tower = place_of("vision_tower.vision_model.encoder.layers.3.self_attn.q_proj")
+    assert own == Place(3, "self_attn.q_proj") and tower == Place(3, "tower.self_attn.q_proj")
+    assert len(set(short_kinds([own.kind, tower.kind]).values())) == 2

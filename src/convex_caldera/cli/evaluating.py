@@ -179,7 +179,8 @@ def compare(
         Path, typer.Option("--output-dir", "-o", help="Where report.html and tables go.")
     ] = Path("comparison"),
     evaluation: Annotated[
-        list[Path] | None, typer.Option("--eval", help="JSON files of `eval`; may be repeated.")
+        list[Path] | None,
+        typer.Option("--eval", help="JSON files of `eval` or `compress`; may be repeated."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run the independent checker on each.")

@@ -90,7 +90,8 @@ def report(
         Path, typer.Option("--output-dir", "-o", help="Where report.html and figures go.")
     ] = Path("report"),
     evaluation: Annotated[
-        list[Path] | None, typer.Option("--eval", help="JSON files of `eval`; may be repeated.")
+        list[Path] | None,
+        typer.Option("--eval", help="JSON files of `eval` or `compress`; may be repeated."),
     ] = None,
     json: opt.Json = None,
 ) -> None:

@@ -42,11 +42,13 @@ figure h4 { margin: 0 0 .3rem; font-size: 1rem; }
 .proof { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
   gap: 0 2.5rem; }
 .proof h4 { margin: .8rem 0 .2rem; }
-dt { font-weight: 600; margin-top: .4rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .15rem 1.2rem; }
+dt { font-weight: 600; }
 dd { margin: 0; }
 @media (max-width: 40rem) {
-  pre { white-space: pre-wrap; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   body { padding: .9rem .8rem 3rem; }
+  dl { display: block; }
   .cards thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
     clip-path: inset(50%); }
   .cards, .cards tbody, .cards caption { display: block; }

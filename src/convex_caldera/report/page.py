@@ -156,7 +156,7 @@ def _certificate(run: Run, c: Certificate, evaluations: Sequence[EvaluationFile]
             "<p>The convex program that proposed the options has a primal-dual gap of its own, "
             "which says nothing about the plan:</p>"
         )
-        parts.append(_definitions(c.surrogate))
+        parts.append(_definitions(words.readable_entries(c.surrogate)))
     parts.append("<h4>The bound, replayed in exact arithmetic</h4>")
     parts.append(
         "<p>Needs Python and the directory, nothing of ours. Any price that is not negative gives "

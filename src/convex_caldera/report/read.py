@@ -43,6 +43,8 @@ from convex_caldera.storage.source import INDEX
 
 SPECTRA = ("weight", "whitened", "residual")
 MEASUREMENTS = ("spectra", "landscape", "measured")
+# Keys that the JSON of `compress` has.
+COST = ("output", "file_bytes", "seconds", "peak_memory_bytes")
 
 
 def read_run(directory: Path) -> Run:
@@ -98,10 +100,11 @@ def read_inputs(
     """Directories and the JSON files given beside them, told apart by what they hold.
 
     A file with `models` (or `eval`, as `demo` writes) is an evaluation; one with `spectra`,
-    `landscape` or `measured` belongs to the first directory.
+    `landscape` or `measured` belongs to the first directory; the JSON of `compress` gives seconds
+    and peak memory to the directory that it wrote, known by its name and bytes.
 
     Raises:
-        FormatError: a file is none of these, or malformed.
+        FormatError: a file is none of these, or malformed, or of no directory given.
     """
     runs = [read_run(out) for out in outs]
     evaluations = []
@@ -110,14 +113,35 @@ def read_inputs(
         table = table.table("eval") if "eval" in table.record else table
         if "models" in table.record:
             evaluations.append(evaluation_from(table))
+        elif set(COST) <= set(table.record):
+            runs = _with_cost(runs, table, path)
         elif runs and set(MEASUREMENTS) & set(table.record):
             runs[0] = with_measurement(runs[0], table)
         else:
             raise FormatError(
-                f"{path}: is neither the JSON of `eval` nor spectra nor a landscape; "
+                f"{path}: is neither the JSON of `eval` or `compress` nor of spectra; "
                 "write it with `convex-caldera eval ... --json FILE`"
             )
     return runs, evaluations
+
+
+def _with_cost(runs: list[Run], table: Table, path: Path) -> list[Run]:
+    """The runs, that which the file is of with its seconds and memory."""
+    name, size = Path(table.text("output")).name, table.count("file_bytes")
+    seconds, memory = table.number("seconds"), table.count("peak_memory_bytes")
+    found = [
+        replace(run, seconds=seconds, peak_memory_bytes=memory)
+        if run.directory.resolve().name == name
+        and run.sizes is not None
+        and run.sizes.file_bytes == size
+        else run
+        for run in runs
+    ]
+    if found == runs:
+        raise FormatError(
+            f"{path}: is of {name} with {size:,} bytes of weight files; no such directory is given"
+        )
+    return found
 
 
 def evaluation_from(table: Table) -> EvaluationFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from convex_caldera.report.rows import entries
 from convex_caldera.report.run import Certificate, EvaluationFile, Run
@@ -170,3 +171,11 @@ def evaluation_command(evaluation: EvaluationFile) -> str:
     if p.get("bos") and isinstance(tokens, int) and isinstance(whole, int) and tokens < whole:
         parts.append(f"--max-tokens {tokens}")
     return " ".join(parts)
+
+
+def readable_entries(record: dict[str, Any]) -> dict[str, str]:
+    """Names without underscores, numbers to six digits."""
+    return {
+        key.replace("_", " "): f"{value:,.6g}" if isinstance(value, int | float) else value
+        for key, value in record.items()
+    }

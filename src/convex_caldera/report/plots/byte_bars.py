@@ -64,7 +64,7 @@ def draw_byte_bars(
                 left = [a + b for a, b in zip(left, amounts, strict=True)]
         for i, total in enumerate(left):
             axes.annotate(
-                f"{total:,.3g}" if total < 1000 else f"{total:,.0f}",
+                f"{total:,.0f}" if total >= 100 else f"{total:.2f}",
                 (total, i),
                 xytext=(3, 0),
                 textcoords="offset points",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NUMBERED_COLUMNS = 16
+MOST_NUMBERED_COLUMNS = 12
 MOST_RULED_COLUMNS = 48  # beyond, the white rules would take more room than the cells
 ROW_INCHES = 0.34
 MARGIN_INCHES = 1.0

@@ -43,7 +43,7 @@ def draw_price(
         unit: of the distortion.
     """
     with style():
-        figure, (upper, lower) = new_figure(2, 1, height=5.4, sharex=True)
+        figure, (upper, lower) = new_figure(2, 1, height=4.8, sharex=True)
         upper.plot(bits, distortion, color=BLUE, marker=".", markersize=3, label="frontier")
         lower.step(bits[:-1], price[:-1], where="post", color=BLUE, label="price on the frontier")
         log_scale(upper, "y", distortion)

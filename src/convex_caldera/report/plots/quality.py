@@ -79,5 +79,5 @@ def draw_quality(
         axes.set_xlabel(axis_label(bits_label))
         axes.set_ylabel(axis_label(quantity))
         axes.margins(x=0.06, y=0.08)
-        legend_below(axes, columns=4)
+        legend_below(axes, columns=3)
     return figure

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NUMBERED = 120  # cells
+MOST_NUMBERED, MOST_NUMBERED_COLUMNS = 120, 8  # cells; more columns leave no room for numbers
 LOG_RANGE = 30.0  # largest over smallest from which colours are logarithmic
 
 
@@ -63,7 +63,7 @@ def draw_rank_bits(
         axes.set_ylabel("rank of the low-rank part")
         plain_colour_bar(figure.colorbar(mesh, ax=axes, label=axis_label(quantity), pad=0.02))
         stored = None if stored_bits is None else np.asarray(stored_bits, dtype=np.float64)
-        if values.size <= MOST_NUMBERED:
+        if values.size <= MOST_NUMBERED and len(bits) <= MOST_NUMBERED_COLUMNS:
             _write_numbers(axes, values, stored, lambda value: norm(value) < 0.5)
         elif stored is not None:
             _contours(axes, stored, budget)
