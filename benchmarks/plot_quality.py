@@ -16,6 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Above it every method is within the noise of the original.
+MOST_BITS = 4.0
 # Okabe-Ito colours and distinct markers: legible without colour and in print.
 STYLE = {
     "rtn": ("#999999", "s"),
@@ -32,7 +34,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """model -> method -> [(bits, KL)]."""
     found: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["method"] != "original" and "kl" in row:
+        if row["method"] in STYLE and "kl" in row and row["budget_bits"] <= MOST_BITS:
             point = (row["bits_per_compressed_weight"], row["kl"])
             found[row["model"]][row["method"]].append(point)
     return found

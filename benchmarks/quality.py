@@ -167,6 +167,8 @@ def merged(rows: list[dict], new: list[dict]) -> list[dict]:
 def save(rows: list[dict], skipped: list[str], args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
+        "command": f"python benchmarks/quality.py --data DATA --nsamples {args.nsamples} "
+        f"--seqlen {args.seqlen} --max-tokens {args.max_tokens}",
         "python": platform.python_version(),
         "nsamples": args.nsamples,
         "seqlen": args.seqlen,

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 START, END = "<!-- results -->", "<!-- end of results -->"
+# The page of results has all budgets and methods.
+BUDGETS = (2.2, 3.0, 4.0)
 ORDER = ("rtn", "nf4", "gptq", "quip-sharp", "caldera", "qtip", "convex-caldera")
 
 
@@ -43,6 +45,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     rows = json.loads(Path("benchmarks/results/quality.json").read_text())["rows"]
+    rows = [row for row in rows if row["budget_bits"] in BUDGETS]
     path = Path("README.md")
     text = path.read_text()
     before, _, rest = text.partition(START)
