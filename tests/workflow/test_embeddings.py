@@ -264,6 +264,23 @@ def test_a_matrix_that_is_stored_twice_is_written_once(
     assert verify(tmp_path / "out", twice).ok
 
 
+def test_a_tied_matrix_that_is_stored_as_the_head_serves_both_uses(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    renamed = shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(renamed / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop(f"{NAME}.weight")
+    save_file(tensors, renamed / "model.safetensors", {"format": "pt"})
+    rounded(renamed, tmp_path / "out", text)
+    container = open_container(tmp_path / "out")
+    assert container.report()["embeddings"] == {"lm_head": ["lookup", "head"]}
+    ours, theirs = convex_caldera.load(tmp_path / "out"), from_transformers(tmp_path / "out")
+    assert torch.equal(logits(ours), logits(theirs))
+    for loaded in (ours, theirs):
+        assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert torch.equal(ours.lm_head.weight, container.layer("lm_head").decode())
+
+
 def test_export_writes_plain_embeddings(
     model: Path, allocated: tuple[Path, Ran], tmp_path: Path
 ) -> None:
