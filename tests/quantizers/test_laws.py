@@ -1,4 +1,4 @@
-"""The laws every quantizer obeys; a new one is tested by being listed in EXAMPLES."""
+"""The laws every quantizer obeys; those of `tests.quantizers_tried`."""
 
 from __future__ import annotations
 
@@ -11,66 +11,10 @@ from torch import Tensor
 from convex_caldera import quantizers
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer, RateLimited
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
-from convex_caldera.quantizers import (
-    E8P,
-    ECSQ,
-    ECVQ,
-    ClippedUniform,
-    DoubleScale,
-    KMeans,
-    LloydMax,
-    Minifloat,
-    MXInt,
-    NormalFloat,
-    Trellis,
-    Uniform,
-)
+from convex_caldera.quantizers import E8P
 from tests.examples import examples
+from tests.quantizers_tried import EXAMPLES
 
-EXAMPLES: list[Quantizer] = [
-    Uniform(1, 16),
-    Uniform(1, 16, symmetric=True),
-    Uniform(2, 16),
-    Uniform(2, 0, search=False),
-    Uniform(3, 7, symmetric=True),
-    Uniform(4, -1),
-    Uniform(4, 16, symmetric=True, search=False, legacy_levels=True),
-    Uniform(5, 16, scale_dtype="bfloat16"),
-    Uniform(8, 0, scale_dtype="float32"),
-    NormalFloat(2, 16),
-    NormalFloat(3, -1),
-    NormalFloat(4, 0, scale_dtype="float32"),
-    MXInt(2, 16),
-    MXInt(4, -1),
-    MXInt(4, 7, exponent_rule="legacy"),
-    MXInt(4, 16, exponent_bits=4),
-    MXInt(8, 0),
-    Minifloat(4, 2, 16),
-    Minifloat(8, 4, 0, scale_dtype="float32"),
-    Minifloat(3, 1, -1),
-    E8P(2),
-    E8P(3),
-    E8P(4),
-    E8P(4, joint_scale=False, neighbors=0),
-    Trellis(2.0, state_bits=8),
-    ClippedUniform(1),
-    ClippedUniform(3, 7, scale_dtype="float16"),
-    ClippedUniform(4, 0, clip_ratio=0.9),
-    LloydMax(1),
-    LloydMax(3, 16),
-    LloydMax(4, 0, normalize="absmax", scale_dtype="float32"),
-    LloydMax(8, sample_size=100),
-    KMeans(2, 1),
-    KMeans(2.5, 2, group_size=16),
-    KMeans(1, 4, group_size=0, normalize="absmax"),
-    KMeans(1, 8, sample_size=20),
-    ECSQ(2.0),
-    ECSQ(0.5, scale_dtype="float32"),
-    ECVQ(1.5, 2),
-    ECVQ(0.75, 4, iterations=5),
-    DoubleScale(NormalFloat(3, -1), 16, super_group=4),
-    DoubleScale(Uniform(2, -1), 0, scale_bits=4),
-]
 # a two-stage search is not exhaustive, a tail-biting trellis searches by a heuristic
 EXACT = [
     q
@@ -100,42 +44,41 @@ def test_table_lists_every_kind() -> None:
 
 
 @every
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_protocol_shapes_and_packing_are_lossless(
-    quantizer: Quantizer, shape: tuple[int, int]
-) -> None:
-    W = gaussian(*shape)
-    fitted = quantizer.fit(W)
-    assert isinstance(quantizer, Quantizer) and isinstance(fitted, FittedQuantizer)
-    codes = fitted.encode(W)
-    assert codes.dim() == 2 and not codes.is_floating_point()
-    decoded = fitted.decode(codes)
-    assert decoded.shape == W.shape and decoded.dtype == torch.float32
-    assert torch.equal(fitted.unpack(fitted.pack(codes)).long(), codes.long())
-    assert stored(fitted, codes) == quantizer.layout(shape)
+def test_protocol_shapes_and_packing_are_lossless(quantizer: Quantizer) -> None:
+    for shape in SHAPES:
+        W = gaussian(*shape)
+        fitted = quantizer.fit(W)
+        assert isinstance(quantizer, Quantizer) and isinstance(fitted, FittedQuantizer)
+        codes = fitted.encode(W)
+        assert codes.dim() == 2 and not codes.is_floating_point()
+        decoded = fitted.decode(codes)
+        assert decoded.shape == W.shape and decoded.dtype == torch.float32
+        assert torch.equal(fitted.unpack(fitted.pack(codes)).long(), codes.long()), shape
+        assert stored(fitted, codes) == quantizer.layout(shape)
 
 
 @every
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_restore_decodes_bit_for_bit(quantizer: Quantizer, shape: tuple[int, int]) -> None:
-    W = gaussian(*shape)
-    fitted = quantizer.fit(W)
-    codes = fitted.encode(W)
-    restored = quantizer.restore(shape, {k: t.clone() for k, t in fitted.tensors().items()})
-    again = restored.unpack(fitted.pack(codes))
-    assert torch.equal(restored.decode(again), fitted.decode(codes))
-    if not isinstance(quantizer, RateLimited):  # whose cells are not stored
-        assert torch.equal(restored.encode(W).long(), codes.long())
+def test_restore_decodes_bit_for_bit(quantizer: Quantizer) -> None:
+    for shape in SHAPES:
+        W = gaussian(*shape)
+        fitted = quantizer.fit(W)
+        codes = fitted.encode(W)
+        restored = quantizer.restore(shape, {k: t.clone() for k, t in fitted.tensors().items()})
+        again = restored.unpack(fitted.pack(codes))
+        assert torch.equal(restored.decode(again), fitted.decode(codes)), shape
+        if not isinstance(quantizer, RateLimited):  # whose cells are not stored
+            assert torch.equal(restored.encode(W).long(), codes.long()), shape
 
 
 @every_exact
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_codeword_encodes_to_itself(quantizer: Quantizer, shape: tuple[int, int]) -> None:
+def test_a_codeword_encodes_to_itself(quantizer: Quantizer) -> None:
     """Whole blocks, that is: a block cut by the matrix loses the values it was nearest with."""
-    fitted = quantizer.fit(gaussian(*shape))
-    values = fitted.decode(fitted.encode(3 * gaussian(*shape, seed=1)))
-    whole = slice(shape[1] - shape[1] % quantizer.block)
-    assert torch.equal(fitted.decode(fitted.encode(values))[:, whole], values[:, whole])
+    for shape in SHAPES:
+        fitted = quantizer.fit(gaussian(*shape))
+        values = fitted.decode(fitted.encode(3 * gaussian(*shape, seed=1)))
+        whole = slice(shape[1] - shape[1] % quantizer.block)
+        again = fitted.decode(fitted.encode(values))
+        assert torch.equal(again[:, whole], values[:, whole]), shape
 
 
 @every_exact
