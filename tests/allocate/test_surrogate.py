@@ -105,6 +105,7 @@ def test_surrogate_no_exchange_of_bits_helps(count, seed):
         assert value >= found.primal * (1 - 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_surrogate_meets_a_conic_solver(seed):
     cp = pytest.importorskip("cvxpy", reason="cvxpy is the oracle; pip install cvxpy")

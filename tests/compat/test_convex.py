@@ -264,7 +264,7 @@ def test_earned_rank_pays_for_itself():
 
 def test_calibration_data_and_diagonal_are_hessians():
     W, X = gaussian(M, N), gaussian(200, N, 5)
-    params = small(B_tot=3)
+    params = small(B_tot=3, mu=1.0)
     from_data = convex_caldera(W, calibration_data=X.view(2, 100, N), params=params)
     from_matrix = convex_caldera(W, X.T @ X / 200, params=params)
     assert torch.equal(from_data.W_compressed, from_matrix.W_compressed)

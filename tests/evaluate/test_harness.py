@@ -63,6 +63,7 @@ def score(name: str, folder: Path, **options: Any) -> Any:
     return run_task("tiny", model, options.pop("tokenizer", TOKENIZER), task, rows, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_items_equal_the_harness_run_directly(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -65,6 +65,7 @@ def test_nuclear_norm_gap_is_true(shape, share):
         assert value + mu * float(torch.linalg.matrix_norm(other, "nuc")) >= fit.dual
 
 
+@pytest.mark.slow
 def test_nuclear_norm_meets_a_cone_solver():
     cp = pytest.importorskip("cvxpy", reason="cvxpy is the oracle; pip install cvxpy")
     A, H = problem(6, 7, 4)

@@ -59,6 +59,7 @@ def test_ecsq_reaches_the_known_distortion_as_stored() -> None:
     assert (fitted.decode(codes) - W).square().mean() <= 1.01 * ECSQ_2
 
 
+@pytest.mark.slow
 def test_wider_blocks_and_free_rates_are_worth_something() -> None:
     W = gaussian(256, 512)
     assert error(KMeans(2, 2), W) < 0.95 * error(KMeans(2, 1), W)
