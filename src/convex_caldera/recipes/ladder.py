@@ -1,6 +1,6 @@
 """Ladders: the recipes of one method for one matrix, cheapest first.
 
-A budget is met by choosing one rung per layer (`workflow.plan`); a method is thus a family of
+A budget is met by choosing one rung per layer (`workflow.fill`); a method is thus a family of
 recipes ordered by stored size, and any budget between two rungs is met by mixing layers.
 """
 

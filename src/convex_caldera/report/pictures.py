@@ -112,7 +112,9 @@ def run_pictures(run: Run) -> Iterator[Picture]:
             "",
             partial(draw_byte_bars, _kind_parts(run), PARTS, quantity="stored bits per weight"),
         )
-    yield from _certificate_pictures(run)
+    yield from _price_of_a_bit(run)
+    yield from _gaps(run)
+    yield from _predicted_beside_measured(run)
     yield from _measurement_pictures(run)
 
 
@@ -135,7 +137,7 @@ def _maps(run: Run) -> Iterator[Picture]:
         )
 
 
-def _certificate_pictures(run: Run) -> Iterator[Picture]:
+def _price_of_a_bit(run: Run) -> Iterator[Picture]:
     c = run.certificate
     if c is not None and len(c.frontier) > 2 and c.weights:
         yield Picture(
@@ -154,6 +156,9 @@ def _certificate_pictures(run: Run) -> Iterator[Picture]:
                 unit=c.unit or "loss",
             ),
         )
+
+
+def _gaps(run: Run) -> Iterator[Picture]:
     if any(layer.gap_bits is not None for layer in run.layers):
         yield _by_layer(
             run,
@@ -178,6 +183,9 @@ def _certificate_pictures(run: Run) -> Iterator[Picture]:
             log=True,
             limit=(PROGRAM_GAP, "goal"),
         )
+
+
+def _predicted_beside_measured(run: Run) -> Iterator[Picture]:
     both = [r for r in run.layers if r.predicted_kl is not None and r.measured_kl is not None]
     if both:
         short = short_kinds({layer.place.kind for layer in both})

@@ -35,7 +35,7 @@ from convex_caldera.workflow.compress import prepare
 from convex_caldera.workflow.curvatures import Curvatures
 from convex_caldera.workflow.evaluating import evaluate_models
 from convex_caldera.workflow.finishing import finish
-from convex_caldera.workflow.fitting import Fitter, side_by_side
+from convex_caldera.workflow.fitting import Fitter, Task, fit_missing
 from convex_caldera.workflow.gathering import curvatures_of
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.planning import Plan, uniform_plan
@@ -290,14 +290,9 @@ class Stages:
                 return
             progress = self.progress or Silent()
             fitter = Fitter(job.skeleton, self._curvatures(job, progress), job.settings.seed)
-            progress.start(f"approximate {folder.name}", len(missing))
-
-            def work(site: Site) -> Any:
-                return fitter.fit(site, plan.recipes[site.name])
-
-            for site, fit in side_by_side(work, missing, self.workers or os.cpu_count() or 1):
-                run.put(site.name, fit.layer, fitter.record(site, plan.recipes[site.name], fit))
-                progress.advance(site.name)
+            tasks = [Task(site.name, site, plan.recipes[site.name]) for site in missing]
+            workers = self.workers or os.cpu_count() or 1
+            fit_missing(fitter, tasks, run, f"approximate {folder.name}", progress, workers)
 
     def _curvatures(self, job: Job, progress: Progress) -> Curvatures:
         if job.curvature != "none" and not self._statistics.is_dir():
