@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ settings.register_profile("house", fixed, max_examples=QUICK)
 settings.register_profile("thorough", fixed, max_examples=THOROUGH)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("house")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the million objects of what was imported: they stay anyway."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

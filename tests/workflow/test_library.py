@@ -48,7 +48,7 @@ def test_a_model_in_memory_is_left_alone(text: Path, tmp_path: Path, cache: Path
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokens = torch.arange(12)[None]
     result = convex_caldera.compress(
-        model, tokenizer=tokenizer, bits=BITS, method="caldera", rank=2, dataset=str(text), **SMALL
+        model, tokenizer=tokenizer, bits=BITS, method="lqer", rank=2, dataset=str(text), **SMALL
     )
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)

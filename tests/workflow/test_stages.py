@@ -223,9 +223,11 @@ def test_a_damaged_record_is_refused(tiny_model: Any, tmp_path: Path, content: s
 
 
 def test_chunks_of_several_processes_wait_for_each_other(tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+
     def chunk(index: int, *more: str) -> dict[str, Any]:
         made = config(
-            tiny_model(), "approximate.chunk_size=7", f"approximate.chunk_idx={index}",
+            model, "approximate.chunk_size=4", f"approximate.chunk_idx={index}",
             "approximate.name=lqer-svd", "enable_perplexity_evaluation=false", *more,
         )  # fmt: skip
         return Stages(made, tmp_path / "out", workers=1).run()
@@ -234,8 +236,8 @@ def test_chunks_of_several_processes_wait_for_each_other(tiny_model: Any, tmp_pa
     assert not (tmp_path / "out" / "model").exists()
     results = chunk(0)
     assert results["quantize"]["output"] == "model"
-    made = config(tiny_model(), "approximate.chunk_size=7", "approximate.chunk_idx=2")
-    with pytest.raises(RecipeError, match=r"chunk_idx = 2.*2 chunks of 14"):
+    made = config(model, "approximate.chunk_size=4", "approximate.chunk_idx=2")
+    with pytest.raises(RecipeError, match=r"chunk_idx = 2.*2 chunks of 7"):
         Stages(made, tmp_path / "other").run()
 
 
@@ -249,16 +251,17 @@ def test_a_stopped_run_goes_on_where_it_was(
 
         def advance(self, note: str = "") -> None:
             Stop.done += 1
-            if Stop.done == 6:
+            if Stop.done == 4:
                 raise KeyboardInterrupt
 
-    made = config(tiny_model(), "approximate.name=lqer-svd", "enable_perplexity_evaluation=false")
+    model = tiny_model("llama", num_hidden_layers=1)
+    made = config(model, "approximate.name=lqer-svd", "enable_perplexity_evaluation=false")
     with pytest.raises(InterruptedRunError, match="approximate"):
         Stages(made, tmp_path / "out", progress=Stop(), workers=1).run()
     assert (tmp_path / "out" / "approximate").is_dir()
     results = Stages(made, tmp_path / "out", workers=1).run()
     whole = Stages(made, tmp_path / "whole", workers=1).run()
-    assert Stop.done == 6 and results["quantize"]["file_bytes"] == whole["quantize"]["file_bytes"]
+    assert Stop.done == 4 and results["quantize"]["file_bytes"] == whole["quantize"]["file_bytes"]
     assert manifest(tmp_path / "out" / "model") == manifest(tmp_path / "whole" / "model")
 
 
