@@ -38,8 +38,9 @@ test-slow: venv  ## the slow tests, and every law on all of its examples
 lint: venv  ## format, style, types and the import contract
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
-	$(BIN)/mypy --no-error-summary $(wildcard $(TYPED))
-	$(BIN)/lint-imports --no-logo
+	@$(BIN)/mypy --no-error-summary $(wildcard $(TYPED)) & types=$$!; failed=0; \
+	$(BIN)/lint-imports --no-logo || failed=1; \
+	wait $$types || failed=1; exit $$failed
 
 check: lint test  ## everything that must hold before a commit: lint, then test
 
