@@ -79,23 +79,26 @@ def test_inputs_beyond_the_width_are_not_read() -> None:
 # --- the way of wide registers ------------------------------------------------------------------
 
 wide = pytest.mark.skipif(not trellis_wide.available(), reason="needs AVX-512 VBMI and VNNI")
-NARROW = [name for name, q in QUANTIZERS.items() if q.state_bits <= trellis_wide.MAX_STATE_BITS]
-
-
-def without_wide_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trellis_wide, "available", lambda: False)
+# a loop is compiled for each family of codes, for one token or more, for rows of whole bytes or not
+WIDE = [
+    (Trellis(2.0, 14), 1),
+    (Trellis(2.0, 14), 3),
+    (Trellis(7.9375, 12), 1),
+    (Trellis(1.0, 16, "mul1"), 1),
+    (Trellis(8.0, 20, "mul2", 2, "beam", row_scales=True), 1),
+    (Trellis(2.5, 14, "3inst", 3), 1),
+]
 
 
 @wide
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(("quantizer", "tokens"), WIDE, ids=str)
 def test_wide_product_equals_the_narrow_one(
-    name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+    quantizer: Trellis, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fitted, packed, _ = random_coded(QUANTIZERS[name], (96, 64), seed=7)
+    fitted, packed, _ = random_coded(quantizer, (96, 64), seed=7)
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(8))
     found = trellis_cpu.multiply(fitted, packed, x)
-    without_wide_registers(monkeypatch)
+    monkeypatch.setattr(trellis_wide, "available", lambda: False)
     assert torch.equal(found, trellis_cpu.multiply(fitted, packed, x))
 
 

@@ -38,6 +38,7 @@ from convex_caldera.quantizers.trellis_simd import (
     exclusive_or,
     lanes,
     load,
+    load_words,
     multiply_word,
     shift_right,
     store,
@@ -51,7 +52,7 @@ MAX_STATE_BITS = 25  # a window and what precedes it in its first byte lie in fo
 BYTES = 64
 THREAD_WEIGHTS = 1 << 20  # what is worth waking a thread for: a fifth of a millisecond
 
-WEYL, BYTE_SUMS, HALF_SUMS = 0, 1, 2  # families of codes
+WEYL, BYTE_SUMS, HALF_SUMS, MIXED_SUMS = 0, 1, 2, 3  # families of codes
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -140,25 +141,20 @@ def with_before(typing: Any, value: Any, before: Any) -> Any:
 
 
 @intrinsic
-def windows_of(
-    typing: Any, value: Any, places: Any, place: Any, shifts: Any, shift: Any, mask: Any
-) -> Any:
+def windows_of(typing: Any, value: Any, places: Any, shifts: Any, mask: Any) -> Any:
     """Sixteen states of a row from its 64 bytes.
 
-    places[place : place + 64], uint8: the byte of `value` that each byte of a lane is taken
-    from; shifts[shift : shift + 16], uint32: what follows each window in its last byte.
+    `places`, 64 bytes: which byte of `value` each byte of a lane is; `shifts`, words: what
+    follows each window in its last byte.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value, places, place, shifts, shift, mask = args
-        kinds = signature.args
-        index = _vector(context, builder, _I8, kinds[1], places, place)
-        by = _vector(context, builder, _I32, kinds[3], shifts, shift)
-        taken = _call(builder, "llvm.x86.avx512.permvar.qi.512", _I8, [value, index])
-        moved = builder.lshr(builder.bitcast(taken, _I32), by)
+        value, places, shifts, mask = args
+        taken = _call(builder, "llvm.x86.avx512.permvar.qi.512", _I8, [value, places])
+        moved = builder.lshr(builder.bitcast(taken, _I32), shifts)
         return builder.and_(moved, _splat(builder, mask))
 
-    return words(stream_bytes, places, types.intp, shifts, types.intp, types.uint32), generate
+    return words(stream_bytes, stream_bytes, words, types.uint32), generate
 
 
 @intrinsic
@@ -233,7 +229,8 @@ def multiply(
         threads: at most; each gets at least `THREAD_WEIGHTS` weights.
     """
     places, shifts = row_tables(f.sixteenths, f.state_bits)
-    run, rows = kernel(f.kind, len(out) == 1), f.m // TILE
+    kind = MIXED_SUMS if f.mix else f.kind
+    run, rows = kernel(kind, len(out) == 1, f.sixteenths % 8 == 0), f.m // TILE
     inputs = np.ascontiguousarray(x).reshape(-1)
     count = max(1, min(threads, f.m * f.n // THREAD_WEIGHTS, rows))
 
@@ -263,15 +260,14 @@ def lines(count: int) -> Floats:
 
 
 @njit(forceinline=True, _nrt=False)
-def _row_levels(kind, piece, row, f, places, shifts, mask, table):  # type: ignore[no-untyped-def]
-    s = windows_of(piece, places, BYTES * row, shifts, LANES * row, mask)
-    s = multiply_word(s, f.multiplier)
+def _row_levels(kind, piece, places, shifts, f, mask, table):  # type: ignore[no-untyped-def]
+    s = multiply_word(windows_of(piece, places, shifts, mask), f.multiplier)
     if kind == WEYL:
         return gathered(shift_right(s, np.uint32(32 - QUANTILE_BITS)), table)
     s = add_word(s, f.addend)
     if kind == HALF_SUMS:
         return half_sum_levels(s)
-    if f.mix:
+    if kind == MIXED_SUMS:
         s = multiply_word(exclusive_or(s, shift_right(s, f.mix)), f.second)
     return byte_sums(s)
 
@@ -288,10 +284,14 @@ def _add_row(single, level, row, tokens, blocks, j, x, sums):  # type: ignore[no
 
 
 @njit(forceinline=True, _nrt=False)
-def _rows(kind, single, packed, f, places, shifts, table, spare, sums, x, units, first, last, out):  # type: ignore[no-untyped-def]
+def _rows(  # type: ignore[no-untyped-def]
+    kind, single, alike, packed, f, places, shifts, table, spare, sums, x, units, first, last, out
+):
     """Tile rows first .. last - 1 of out (tokens, m); `spare` has room for a tile and more."""
     tokens, blocks, size = out.shape[0], f.n // TILE, 2 * f.sixteenths
     mask, ahead = np.uint32((1 << f.state_bits) - 1), _first_rows(f.sixteenths)
+    same_places = load_bytes(places, BYTES * (TILE - 1))
+    same_shifts = load_words(shifts, LANES * (TILE - 1))
     for i in range(first, last):
         sums[:] = np.float32(0.0)
         for j in range(blocks):
@@ -307,11 +307,15 @@ def _rows(kind, single, packed, f, places, shifts, table, spare, sums, x, units,
                 source, at = spare, 0
             head = with_before(load_bytes(source, at), before)
             for row in range(ahead):
-                level = _row_levels(kind, head, row, f, places, shifts, mask, table)
+                take, by = load_bytes(places, BYTES * row), load_words(shifts, LANES * row)
+                level = _row_levels(kind, head, take, by, f, mask, table)
                 _add_row(single, level, row, tokens, blocks, j, x, sums)
             for row in range(ahead, TILE):
                 piece = load_bytes(source, at + (row * f.sixteenths >> 3) - 4)
-                level = _row_levels(kind, piece, row, f, places, shifts, mask, table)
+                take, by = same_places, same_shifts
+                if not alike:
+                    take, by = load_bytes(places, BYTES * row), load_words(shifts, LANES * row)
+                level = _row_levels(kind, piece, take, by, f, mask, table)
                 _add_row(single, level, row, tokens, blocks, j, x, sums)
         for token in range(tokens):
             for row in range(TILE):
@@ -322,16 +326,17 @@ def _rows(kind, single, packed, f, places, shifts, table, spare, sums, x, units,
 
 
 @cache
-def kernel(kind: int, single: bool) -> Any:
-    """The compiled loop for a family of codes, and for one token or several.
+def kernel(kind: int, single: bool, alike: bool) -> Any:
+    """The compiled loop for a family of codes, for one token or several, for rows of whole bytes
 
-    Both are constants of it, which inlining carries into every branch.
+    or not. These are constants of it, which inlining carries into every branch.
     """
 
     @njit(cache=True, nogil=True, _nrt=False)
     def multiply_rows(packed, f, places, shifts, table, spare, sums, x, units, first, last, out):  # type: ignore[no-untyped-def]
         _rows(
-            kind, single, packed, f, places, shifts, table, spare, sums, x, units, first, last, out
-        )
+            kind, single, alike,
+            packed, f, places, shifts, table, spare, sums, x, units, first, last, out,
+        )  # fmt: skip
 
     return multiply_rows
