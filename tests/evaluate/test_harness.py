@@ -160,7 +160,7 @@ def test_nan_logits_stop_and_name_the_first_sample(tmp_path: Path) -> None:
             output = self.inner(input_ids=input_ids, use_cache=use_cache)
             hammer = torch.tensor(TOKENIZER(" hammer", add_special_tokens=False)["input_ids"])
             rows = (input_ids.unfold(1, len(hammer), 1) == hammer).all(-1).any(-1)
-            output.logits[rows, 0, 0] = math.nan
+            output.logits[rows, :, 0] = math.nan
             return output
 
     with pytest.raises(NumericalError, match=r"tiny: logits are NaN .* sample 1 of piqa"):

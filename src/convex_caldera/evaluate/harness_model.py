@@ -8,11 +8,14 @@ sample whose logits are NaN. What is scored is the same, item for item:
 
 with the pair encoded together, an empty context replaced by BOS (else EOS), and long inputs cut
 on the left to the model's context. Requests of one input share a forward. Inputs of a batch are
-padded on the right, where a causal model does not look, so no padding token is needed.
+padded on the right, where a causal model does not look, so no padding token is needed. Logits are
+made from the first position on that a continuation of the batch needs, where the model can.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +62,7 @@ class HarnessModel(TemplateLM):
         self._device = next(model.parameters()).device
         self.max_length = resolve_max_length(model.config, tokenizer)  # type: ignore[arg-type]
         self._instances: Sequence[Any] = ()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if self.eot_token_id is None and tokenizer.bos_token_id is None:
             raise RecipeError(f"{name}: the tokenizer has neither a BOS nor an EOS token")
 
@@ -142,24 +146,25 @@ class HarnessModel(TemplateLM):
         self, batch: list[tuple[int, ...]], shared: Shared, answers: list[tuple[float, bool]]
     ) -> None:
         width = len(batch[0])
+        # Inputs are of nearly equal length, so that few positions are kept in vain.
+        first = min(
+            len(tokens) - len(continuation)
+            for tokens in batch
+            for _, continuation in shared[tokens]
+        )
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         for row, tokens in enumerate(batch):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-        logits = self.model(input_ids=ids.to(self._device), use_cache=False).logits
-        if not logits.isfinite().all():  # padding may be, so look at the inputs themselves
-            self._check_finite(batch, shared, logits)
+        options = {"logits_to_keep": width - first} if self._keeps_logits else {}
+        logits = self.model(input_ids=ids.to(self._device), use_cache=False, **options).logits
+        start = width - logits.shape[1]  # of the positions that there are logits for
+        bad = []
         for row, tokens in enumerate(batch):
             for number, continuation in shared[tokens]:
-                scored = logits[row, len(tokens) - len(continuation) : len(tokens)]
-                answers[number] = _score(scored, continuation)
-
-    def _check_finite(self, batch: list[tuple[int, ...]], shared: Shared, logits: Tensor) -> None:
-        bad = [
-            number
-            for row, tokens in enumerate(batch)
-            if not logits[row, : len(tokens)].isfinite().all()
-            for number, _ in shared[tokens]
-        ]
+                end = len(tokens) - start
+                answers[number] = _score(logits[row, end - len(continuation) : end], continuation)
+                if not math.isfinite(answers[number][0]):
+                    bad.append(number)
         if bad:
             place = self._instances[min(bad)]
             raise NumericalError(
