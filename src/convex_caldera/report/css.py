@@ -28,9 +28,10 @@ caption { text-align: left; padding: 0 0 .3rem; }
 th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--ink);
-  font-weight: 600; min-width: 5rem; }
+  font-weight: 600; min-width: 4rem; }
 th:first-child, td.text, thead th.text { text-align: left; }
 tbody th { font-weight: 500; }
+.cards tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 8rem; max-width: 18rem; }
 tr.strong { background: var(--tint); }
 .layers tbody th { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   font-size: .8rem; }
@@ -54,6 +55,7 @@ dd { margin: 0; }
   .cards, .cards tbody, .cards caption { display: block; }
   .cards tr { display: block; border: 1px solid var(--line); border-radius: .4rem;
     margin: 0 0 .7rem; padding: .4rem .7rem; }
+  .cards tbody th, .cards td { max-width: none; }
   .cards th, .cards td { display: flex; justify-content: space-between; gap: 1rem; border: 0;
     padding: .12rem 0; white-space: normal; }
   .cards tbody th { font-weight: 700; font-size: 1rem; }
