@@ -17,11 +17,14 @@ from convex_caldera import quantizers
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
 from convex_caldera.core.protocols import Quantizer
+from convex_caldera.core.recipe import Quantize, Recipe
 from convex_caldera.fit.backfit import Fit, fit_layer
+from convex_caldera.fit.nuclear_norm import fit_nuclear_norm
 from convex_caldera.quantizers import E8P, KMeans, StripOrder, Trellis, Uniform
 from convex_caldera.recipes.ladder import Wishes
 from convex_caldera.recipes.table import METHODS
 from convex_caldera.runtime.linear import CompressedLinear
+from convex_caldera.transforms import RandomizedHadamard
 from tests.devices.pretend import Pretended, pretended
 from tests.quantizers.test_laws import EXAMPLES
 
@@ -122,3 +125,36 @@ def test_method_fits_and_multiplies_on_its_device(name: str) -> None:
         plain = there(module.dequantize().weight.detach())
     torch.testing.assert_close(found, x @ plain.T, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(gradient, plain.sum(0).expand(3, -1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("curvature", ["kronecker", "guided"])
+def test_two_sided_rounding_stays_on_its_device(curvature: str) -> None:
+    W, X, Y = gaussian(*SHAPE), gaussian(96, SHAPE[1], seed=1), gaussian(64, SHAPE[0], seed=2)
+    recipe = Recipe((Quantize(E8P(2), "full"),), transforms=(RandomizedHadamard(outputs=False),))
+
+    def fitted(device: Any) -> Fit:
+        on = (lambda x: x) if device is None else (lambda x: x.to(device))
+        halves = [Hessian(on(x.T @ x / len(x)).double()) for x in X.chunk(2)]
+        if curvature == "guided":
+            problem = Problem.by_row_groups(on(W), tuple(halves))
+        else:
+            problem = Problem(on(W), halves[0], "layer", Hessian(on(Y.T @ Y / len(Y)).double()))
+        return fit_layer(problem, recipe, seed=0, layer="layer", site="layer")
+
+    expected = fitted(None)
+    with pretended() as device:
+        found = fitted(device)
+        there(found.layer.decode())
+    assert found.relative_loss == pytest.approx(expected.relative_loss, rel=0.02)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_nuclear_norm_stays_on_its_device(diagonal: bool) -> None:
+    A, X = gaussian(24, 16), gaussian(48, 16, seed=1)
+    H = X.T @ X / len(X)
+    H = H.diagonal() if diagonal else H
+    expected = fit_nuclear_norm(A, H, mu=1.0, tol=1e-3)
+    with pretended() as device:
+        found = fit_nuclear_norm(A.to(device), H.to(device), mu=1.0, tol=1e-3)
+        product = there(found.left @ found.right)
+    torch.testing.assert_close(product, expected.left @ expected.right, rtol=1e-2, atol=1e-3)
