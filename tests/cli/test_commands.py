@@ -48,7 +48,7 @@ EVAL_KEYS = {
 
 
 # The methods of one family run the same code; one of each is quick enough for every commit.
-QUICK = {"convex-caldera", "quip-sharp", "gptq", "rtn", "qera-exact", "scl-lloyd-max"}
+QUICK = {"convex-caldera", "quip-sharp", "gptq", "rtn", "scl-lloyd-max"}
 EVERY_METHOD = pytest.mark.parametrize(
     "method",
     [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
@@ -125,7 +125,7 @@ def test_plan_reads_no_weight(compressed: Any, tmp_path: Path) -> None:
 
 
 def test_eval_compares_with_the_original(compressed: Any, held_out: Path, tmp_path: Path) -> None:
-    good, bad = compressed("qtip"), compressed("quip-sharp")
+    good, bad = compressed("gptq"), compressed("quip-sharp")
     ran = run(
         "eval", good.model, good.directory, bad.directory, "--text", held_out,
         "--window", 32, "--stride", 32, json_to=tmp_path / "eval.json",
@@ -165,7 +165,7 @@ def test_inspect_lists_every_layer(compressed: Any, method: str, tmp_path: Path)
 
 
 def test_generate_continues_a_prompt(compressed: Any, tmp_path: Path) -> None:
-    output = compressed("qtip")
+    output = compressed("gptq")
     for model in (output.model, output.directory):
         ran = run(
             "generate", model, "--prompt", SENTENCES[0], "--max-new-tokens", 8,

@@ -168,6 +168,7 @@ def test_nothing_falls_between_the_terms(result):
     assert result.relative_error == pytest.approx(float(error / weight().norm()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_factor_bits_change_what_is_stored(result):
     params = small(quantize_factors=True, factor_bits=4)
     coded = convex_caldera(weight(), hessian(), params=params)
@@ -190,6 +191,7 @@ def test_quantizer_beats_three_levels_at_two_bits(bits, most):
     assert result.relative_error**2 < most
 
 
+@pytest.mark.slow
 def test_status_says_optimal_only_where_the_gap_proves_it(result):
     assert result.solver_status == "optimal"
     assert result.relative_duality_gap <= 1e-4
@@ -223,6 +225,7 @@ def test_given_constants_meet_the_closed_form():
     assert result.effective_rank <= 3
 
 
+@pytest.mark.slow
 def test_larger_mu_gives_less_rank():
     ranks = [
         sum(convex_caldera(weight(), params=small(mu=mu)).solution.ranks) for mu in (0.3, 0.6, 1e4)
@@ -239,6 +242,7 @@ def test_tau_bounds_the_nuclear_norm_and_wins_over_mu():
     assert result.group_info["certificates"]["program"]["mu"] is None
 
 
+@pytest.mark.slow
 def test_ranks_asked_for_are_kept():
     sought = convex_caldera(weight(), params=small(target_rank=1))
     assert sought.effective_rank == 1
@@ -293,6 +297,7 @@ def test_zero_weights_and_singular_hessians_are_fine():
     assert nothing.relative_error < 0.5
 
 
+@pytest.mark.slow
 def test_low_rank_weight_leaves_a_residual_that_scales_can_hold():
     exact = 0.02 * gaussian(M, PLANTED, 1) @ gaussian(PLANTED, N, 2)
     result = convex_caldera(exact, params=small(B_tot=4))

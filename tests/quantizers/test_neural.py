@@ -184,6 +184,7 @@ def test_full_embeddings_code_almost_like_scalars() -> None:
     assert SMALL.bits == 4
 
 
+@pytest.mark.slow
 def test_important_columns_are_served_better() -> None:
     V, heavy = gaussian(16, 32), torch.ones(32)
     heavy[::4] = 100
