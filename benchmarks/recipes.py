@@ -2,24 +2,26 @@
 
     python benchmarks/recipes.py
 
-`plan` reads shapes only. So each model is stood in for by its configuration and a sparse file with
-the right header, which holds no weight and takes no disk. Writes results/recipes.json.
-
-Each file is mapped whole: a model whose float16 file is larger than the machine's memory (13B
-needs 26 GB, 70B 138 GB) cannot be stood in for there, and rows after it are not written.
+`plan` reads shapes only. So each model is stood in for by its configuration and sparse shards with
+the right headers, which hold no weight and take no disk; a shard is small enough to be mapped on
+any machine. Writes results/recipes.json.
 
 Seconds are scaled from one 4096 x 4096 matrix through CALDERA on two CPU threads
-(results/layer.json) by m n (m + n) / 2, the order of its products and factorizations; calibration
+(results/layer.json) by m n (m + n) / 2, the order of its products and factorizations, and for other
+methods by their seconds beside CALDERA's on the small models (results/quality.json); calibration
 comes on top. They say an order of magnitude, for that machine.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from convex_caldera.recipes.lattice import CALDERA_SWEEPS, REFINEMENT_SWEEPS
 from convex_caldera.workflow.estimate import estimate
 from convex_caldera.workflow.settings import make_settings
 
@@ -38,10 +40,12 @@ RECIPES = (
     ("convex-caldera", 3.2, "input"),
 )
 NSAMPLES, SEQLEN = 256, 2048
+SHARD_BYTES = 2_000_000_000
 
 
 def main() -> None:
     layer = json.loads((RESULTS / "layer.json").read_text())
+    cells = json.loads((RESULTS / "quality.json").read_text())["rows"]
     rows: list[dict[str, Any]] = []
     record = {
         "command": "python benchmarks/recipes.py",
@@ -57,9 +61,35 @@ def main() -> None:
         }
         for recipe in RECIPES:
             for name, stand_in in stand_ins.items():
-                rows.append(row(name, stand_in, layer, *recipe))
+                started = time.monotonic()
+                found = row(name, stand_in, layer, *recipe)
+                found["fit_hours"] *= beside_caldera(cells, recipe[0])
+                rows.append(found)
                 (RESULTS / "recipes.json").write_text(json.dumps(record, indent=1) + "\n")
-                print(name, *recipe, flush=True)
+                print(name, *recipe, f"{time.monotonic() - started:.1f} s", flush=True)
+
+
+def caldera_seconds(layer: dict[str, Any]) -> float:
+    """Of the timed matrix with the sweeps of the recipe, which scale its phases."""
+    seconds = dict(layer["seconds"])
+    once = seconds["_enter"] + seconds["block_unit_upper"]
+    refine = seconds["refine"] * REFINEMENT_SWEEPS / layer["refinement"]
+    sweep = seconds["total"] - once - seconds["refine"] + refine
+    return once + sweep * CALDERA_SWEEPS / layer["sweeps"]
+
+
+def beside_caldera(cells: list[dict[str, Any]], method: str) -> float:
+    """Seconds of a method over those of CALDERA, summed over the cells that both have."""
+    seconds = {
+        name: {(c["model"], c["budget_bits"]): c["seconds"] for c in cells if c["method"] == name}
+        for name in (method, "caldera")
+    }
+    both = [
+        c
+        for c in set(seconds[method]) & set(seconds["caldera"])
+        if seconds[method][c] and seconds["caldera"][c]
+    ]
+    return sum(seconds[method][c] for c in both) / sum(seconds["caldera"][c] for c in both)
 
 
 def row(
@@ -83,7 +113,7 @@ def row(
         "bits_per_compressed_weight": plan["bits_per_compressed_weight"],
         "bits_per_weight": plan["bits_per_weight"],
         "peak_memory_bytes": plan["peak_memory_bytes"],
-        "fit_hours": layer["seconds"]["total"] * products / layer["size"] ** 3 / 3600,
+        "fit_hours": caldera_seconds(layer) * products / layer["size"] ** 3 / 3600,
     }
 
 
@@ -97,7 +127,7 @@ def write_stand_in(
     vocabulary: int,
     longest: int,
 ) -> Path:
-    """config.json and a sparse model.safetensors of float16 tensors."""
+    """config.json and sparse shards of float16 tensors."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
@@ -118,19 +148,37 @@ def write_stand_in(
     shapes = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,)}
     shapes |= {"lm_head": (vocabulary, hidden)}
     shapes |= {f"model.layers.{i}.{k}": s for i in range(layers) for k, s in block.items()}
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[f"{name}.weight"] = {
-            "dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]
-        }  # fmt: skip
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+    write_shards(folder, weights)
     return folder
+
+
+def write_shards(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Sparse float16 shards of at most SHARD_BYTES, or one tensor, and their index."""
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    files = {}
+    for number, sizes in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files |= dict.fromkeys(sizes, file)
+        header, end = {}, 0
+        for name, size in sizes.items():
+            header[name] = {
+                "dtype": "F16", "shape": list(shapes[name]), "data_offsets": [end, end + size]
+            }  # fmt: skip
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+    index = {"metadata": {"total_size": sum(map(sum, (s.values() for s in shards)))},
+             "weight_map": files}  # fmt: skip
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 if __name__ == "__main__":

@@ -127,8 +127,10 @@ def recipes(record: dict[str, Any] | None) -> list[str]:
     parts.append(
         "Not measured here. File sizes are exact and memory is predicted, both by `convex-caldera "
         f"plan`; hours of fitting are scaled from one {layer['size']} x {layer['size']} matrix "
-        f"through CALDERA on {layer['threads']} CPU threads, an order of magnitude. Calibration "
-        f"({record['nsamples']} windows of {record['seqlen']} tokens) comes on top."
+        f"through CALDERA on {layer['threads']} CPU threads, for other methods by their seconds "
+        "beside CALDERA's on the small models: an order of magnitude. Calibration "
+        f"({record['nsamples']} windows of {record['seqlen']} tokens) comes on top. On a "
+        "machine with a GPU add `--device cuda`."
     )
     heads = ["model", "method", "bits per compressed weight", "per all weights", "files, GB",
              "original, GB", "peak memory, GB", "fitting, hours"]  # fmt: skip
