@@ -18,7 +18,7 @@ import convex_caldera
 from convex_caldera.certify import verify
 from convex_caldera.models.tokenizer import load_tokenizer
 from convex_caldera.storage.read import open_container
-from convex_caldera.workflow.curvatures import HELD_OUT
+from convex_caldera.workflow.collecting import HELD_OUT
 from convex_caldera.workflow.inspecting import inspect_directory
 from tests.tiny_models import VOCABULARY
 from tests.workflow.killing import at_file

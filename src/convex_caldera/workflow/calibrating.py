@@ -11,8 +11,8 @@ from convex_caldera.errors import RecipeError, ResumeError
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.choosing import sites_for
+from convex_caldera.workflow.collecting import gather
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
-from convex_caldera.workflow.curvatures import gather
 from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.gathering import images_for
 from convex_caldera.workflow.models import usable_device

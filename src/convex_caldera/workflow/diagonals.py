@@ -16,7 +16,7 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.models.checkpoint import hash_file
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
-from convex_caldera.workflow.curvatures import kept_curvature
+from convex_caldera.workflow.collecting import kept_curvature
 
 
 class DiagonalCurvatures:

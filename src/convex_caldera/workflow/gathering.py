@@ -9,7 +9,8 @@ from convex_caldera.errors import RecipeError
 from convex_caldera.models.embeddings import without_embeddings
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
-from convex_caldera.workflow.curvatures import GRADIENT_KINDS, Curvatures, gather
+from convex_caldera.workflow.collecting import gather
+from convex_caldera.workflow.curvatures import GRADIENT_KINDS, Curvatures
 from convex_caldera.workflow.diagonals import diagonal_curvatures
 from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.images import ImageSet

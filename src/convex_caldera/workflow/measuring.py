@@ -29,8 +29,8 @@ from convex_caldera.models.tokenizer import load_tokenizer
 from convex_caldera.runtime.load import load
 from convex_caldera.storage.manifest import FOLDER, add_file
 from convex_caldera.storage.read import Container, open_container
+from convex_caldera.workflow.collecting import gather
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
-from convex_caldera.workflow.curvatures import gather
 from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.evaluating import Meter
 from convex_caldera.workflow.fitting import side_by_side
