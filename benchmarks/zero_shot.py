@@ -1,6 +1,7 @@
 """Where zero-shot differences become significant: BLiMP and LAMBADA on small compressed models.
 
-    python benchmarks/zero_shot.py --data DATA [--model NAME] [--methods rtn,gptq] [--bits 2.2,3.2]
+    python benchmarks/zero_shot.py --data DATA [--model NAME] [--methods rtn,gptq] [--bits 2.2,3]
+                                   [--work DIR]
 
 Compresses a model by several methods at several sizes, scores all on the same items and compares
 them in pairs (bootstrap over items, inside each of BLiMP's paradigms):
@@ -10,7 +11,9 @@ them in pairs (bootstrap over items, inside each of BLiMP's paradigms):
 * the least number of items from which on a difference stays significant, by cutting the items to
   a half, a quarter, ... (the first ones of every paradigm).
 
-DATA holds models/, tasks/ and text/. Writes results/zero_shot.json and results/zero_shot.md.
+DATA holds models/, tasks/ and text/. With --work, compressed models and finished scores stay there:
+a run that was cut short goes on, and outputs of `quality.py --work` in the same folder are taken as
+they are. Writes results/zero_shot.json and results/zero_shot.md.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from zero_shot_cells import difference, score_rows
 
 from convex_caldera.evaluate.bootstrap import paired_bootstrap
 from convex_caldera.evaluate.table import plain_table
+from convex_caldera.recipes.table import method as method_named
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.progress import Lines
 from convex_caldera.workflow.settings import make_settings
@@ -40,13 +44,14 @@ TEXTS = {
     "wiki-llama-14m": ("c4_sample_a.txt", "wikipedia_en_2018_valid.txt"),
     "TinyStories-656K": ("tinystories_train_2mb.txt", "tinystories_valid_a.txt"),
 }
+WINDOW = 512
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 def main() -> None:
     options = parsed()
     with tempfile.TemporaryDirectory() as folder:
-        record = measured(options, Path(folder))
+        record = measured(options, options.work or Path(folder))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "zero_shot.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "zero_shot.md").write_text(page(record))
@@ -56,11 +61,13 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="TinyStories-656K", choices=TEXTS)
-    parser.add_argument("--methods", default="rtn,gptq,quip-sharp")
-    parser.add_argument("--bits", default="2.2,3.2,4.2")
-    parser.add_argument("--limit", type=int, default=40, help="items per paradigm of BLiMP")
-    parser.add_argument("--lambada", type=int, default=600, help="items of LAMBADA")
+    parser.add_argument("--model", default="wiki-llama-14m", choices=TEXTS)
+    parser.add_argument("--methods", default="rtn,gptq,qtip")
+    parser.add_argument("--bits", default="2.2,3,4")
+    parser.add_argument("--limit", type=int, default=25, help="items per paradigm of BLiMP")
+    parser.add_argument("--lambada", type=int, default=500, help="items of LAMBADA")
+    parser.add_argument("--tokens", type=int, default=8192, help="of held-out text, for KL")
+    parser.add_argument("--work", type=Path, help="where outputs and finished scores stay")
     return parser.parse_args()
 
 
@@ -70,25 +77,21 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     calibration, held_out = (str(options.data / "text" / name) for name in TEXTS[options.model])
     names = {"original": model}
     for bits, method in itertools.product(options.bits.split(","), options.methods.split(",")):
-        settings = make_settings(
-            model=model, method=method, bits=float(bits),
-            dataset=calibration, nsamples=64, seqlen=256,
-        )  # fmt: skip
-        out = folder / f"{method}-{bits}"
-        compress_to(settings, out, progress=Lines())
-        names[f"{method} {bits}"] = str(out)
+        names[f"{method} {bits}"] = compressed(model, method, float(bits), calibration, folder)
     items: dict[str, dict[str, Any]] = {name: {} for name in names}
     scores: dict[str, Any] = {name: {} for name in names}
     for task, limit in zip(TASKS, (options.limit, options.lambada), strict=True):
+        # KL is taken once, with the first task; the least that `eval` does comes with the others.
+        tokens = options.tokens if task == TASKS[0] else WINDOW
         wanted = TaskOptions(
-            (task,), (str(options.data / "tasks"),), limit, max_tokens=16_384,
-            text=held_out,
+            (task,), (str(options.data / "tasks"),), limit, max_tokens=tokens, text=held_out,
+            window=WINDOW,
         )  # fmt: skip
         kept = folder / task
         record = evaluate_tasks(list(names.values()), wanted, output_dir=kept, progress=Lines())
         label = {path: name for name, path in names.items()}
         for entry in record["models"]:
-            scores[label[entry["name"]]] |= summary(entry, task)
+            scores[label[entry["name"]]] = summary(entry, task) | scores[label[entry["name"]]]
         for path in (kept / "parts").glob("*.json"):
             part = json.loads(path.read_text())
             if part["part"] == task:
@@ -105,8 +108,23 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ],
         "command": f"python benchmarks/zero_shot.py --data DATA --model {options.model} "
         f"--methods {options.methods} --bits {options.bits} --limit {options.limit} "
+        f"--tokens {options.tokens} "
         f"--lambada {options.lambada}",
     }
+
+
+def compressed(model: str, method: str, bits: float, text: str, folder: Path) -> str:
+    """The output of one cell, made unless it is there; those of one curvature share statistics."""
+    name = Path(model).name
+    out = folder / f"{name}-{method}-{round(1000 * bits)}"
+    if not (out / "config.json").is_file():
+        settings = make_settings(
+            model=model, method=method, bits=bits, dataset=text, nsamples=64, seqlen=256
+        )
+        kind = method_named(method).curvature
+        kept = None if kind == "none" else folder / f"{name}-{kind}-64"
+        compress_to(settings, out, progress=Lines(), hessians=kept)
+    return str(out)
 
 
 def summary(entry: dict[str, Any], task: str) -> dict[str, Any]:
