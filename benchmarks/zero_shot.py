@@ -109,7 +109,7 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "command": f"python benchmarks/zero_shot.py --data DATA --model {options.model} "
         f"--methods {options.methods} --bits {options.bits} --limit {options.limit} "
         f"--tokens {options.tokens} "
-        f"--lambada {options.lambada}",
+        f"--lambada {options.lambada}" + (" --work DIR" if options.work else ""),
     }
 
 
