@@ -100,8 +100,8 @@ def zero_shot(record: dict[str, Any] | None) -> list[str]:
         f"{record['model']}, zero-shot through lm-evaluation-harness, items: {limits}; measured by "
         f"`{record['command']}`. Differences are paired (the same items), intervals are 95 % of a "
         "bootstrap over items. The last column is the least number of items, of those tried, from "
-        "which on the difference in BLiMP stays significant. With `--work DIR` the models are those "
-        "that `quality.py --work DIR` left there."
+        "which on the difference in BLiMP stays significant. With `--work DIR` the models are "
+        "those that `quality.py --work DIR` left there."
     )
     heads = ["model", "bits", "KL, nats", "BLiMP acc, %", "LAMBADA acc, %", "LAMBADA ppl"]
     parts.append(markdown(heads, score_rows(record, ".4g")))
