@@ -28,6 +28,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--small", *more])
 
 
+@pytest.mark.slow
 def test_small_run_on_the_cpu_passes_and_writes_nothing(
     script: Any,
     monkeypatch: pytest.MonkeyPatch,

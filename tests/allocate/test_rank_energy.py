@@ -64,6 +64,7 @@ def test_the_spectrum_predicts_what_a_rank_saves() -> None:
     assert losses[16] / losses[0] == pytest.approx(math.exp(said), rel=0.2)
 
 
+@pytest.mark.slow
 def test_low_rank_of_the_weight_itself_serves_feedback_better_than_that_under_the_metric() -> None:
     draw = torch.Generator().manual_seed(1)
     left, right = (torch.randn(k, 96, generator=draw) for k in (96, 128))

@@ -134,6 +134,7 @@ def tokens(count: int = 3) -> torch.Tensor:
     return torch.randint(2, 300, (count, 12), generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.slow
 def test_groups_predict_what_single_tokens_say(model) -> None:
     """Windows of one token have one gradient g x^T; for an error in one row all is exact."""
     single = tokens(6)[:, :1]

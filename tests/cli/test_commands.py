@@ -376,6 +376,7 @@ def test_wrong_usage_is_code_2(arguments: tuple[str, ...], message: str) -> None
     assert ran.code == 2 and message in ran.err + ran.out
 
 
+@pytest.mark.slow
 def test_python_m_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "convex_caldera", "allocate", "/no/such/curves", "--budget", "1"],

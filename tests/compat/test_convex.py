@@ -98,6 +98,7 @@ def test_duality_gap_is_primal_minus_dual_of_the_stated_program(case, request):
     assert result.duality_gap != pytest.approx(result.relative_error, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bits_buy_objective_because_the_cone_is_the_right_way_round():
     values = [
         convex_caldera(gaussian(M, N), hessian(), params=small(B_tot=b, kappa=1e9)).objective_value

@@ -70,6 +70,7 @@ def test_commands_say_what_is_missing(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--results_path is needed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_commands_make_models(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     """No budget is asked for: the flags leave no choice."""
     model = tiny_model("llama")

@@ -71,6 +71,7 @@ def test_pretended_device_refuses_what_cuda_refuses() -> None:
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.slow
 def test_quantizer_stays_on_its_device(quantizer: Quantizer) -> None:
     shape = SMALL if quantizer.kind == "trellis" else SHAPE
     W, importance = gaussian(*shape), gaussian(shape[1], seed=1).square()
@@ -105,6 +106,7 @@ METHOD_PARAMETERS = [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for
 
 
 @pytest.mark.parametrize("name", METHOD_PARAMETERS)
+@pytest.mark.slow
 def test_method_fits_and_multiplies_on_its_device(name: str) -> None:
     method = METHODS[name]
     shape = (16, 16) if name == "qtip" else SHAPE

@@ -93,6 +93,7 @@ def test_items_equal_the_harness_run_directly(
             assert ours.stderr[metric] == pytest.approx(figures[f"{metric}_stderr,none"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_word_perplexity_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     """Pages within the context: sum of -log p over all, per word of the page as it is on disk."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer

@@ -22,6 +22,7 @@ TOKENS = torch.arange(24).view(2, 12) * 7 % 320
 OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
 
+@pytest.mark.slow
 def test_adapter_is_trained_saved_and_loaded(
     compressed: Callable[..., Output], tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_caldera_matches_the_golden_errors(factors, downdate, expected):
     assert error_of(Recipe(steps, sweeps=6, damping=damping)) == pytest.approx(expected, rel=GOLDEN)
 
 
+@pytest.mark.slow
 def test_balanced_factors_with_feedback_beat_plain_rounding():
     steps = (FitLowRank(16, "full", FactorCoding(E8P(4))), Quantize(E8P(2), "full", 3, True))
     assert error_of(Recipe(steps, sweeps=6)) < 0.98 * 0.1713

@@ -131,6 +131,7 @@ def test_embeddings_are_cells_of_equal_width(bits: int) -> None:
     assert embedding_codes(edges, bits).tolist() == [0, (1 << bits) - 1]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_and_repeats_itself() -> None:
     V = torch.sin(torch.arange(16.0) / 3).outer(torch.cos(torch.arange(16.0) / 2))
     patches = patches_of(V, 8)
@@ -175,6 +176,7 @@ def test_codes_pack_and_restore(shape: tuple[int, int]) -> None:
     assert from_record(to_record(SMALL)) == SMALL
 
 
+@pytest.mark.slow
 def test_full_embeddings_code_almost_like_scalars() -> None:
     """4 values for 2 x 2 pixels at 4 bits: a uniform code under an orthogonal transform."""
     V = gaussian(48, 48)

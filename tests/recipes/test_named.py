@@ -213,6 +213,7 @@ def test_unknown_methods_offer_the_nearest() -> None:
         assert entry.sentence.endswith(".") and entry.paper
 
 
+@pytest.mark.slow
 def test_losses_are_in_the_order_of_the_papers() -> None:
     """At about two bits on the acceptance case; each step of the ladder buys something."""
     W, hessian = acceptance_case()

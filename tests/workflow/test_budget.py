@@ -134,6 +134,7 @@ def test_every_method_keeps_its_budget(
 
 
 @pytest.mark.parametrize("menu", first(1, ["2,4", "2,3,4,5"]))
+@pytest.mark.slow
 def test_ties_menus_and_pins_are_obeyed(wide: Path, text: Path, tmp_path: Path, menu: str) -> None:
     wish = {
         "bits": 4.5,

@@ -30,6 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_a_path_gives_the_bytes_of_the_command(compressed: Any, text: Path, tmp_path: Path) -> None:
     by_command = compressed("gptq")
     result = convex_caldera.compress(
