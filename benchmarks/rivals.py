@@ -77,10 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--keep", type=Path, default=None)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--max-tokens", type=int, default=204_800)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rivals.json"))
     args = parser.parse_args()
-    cells = [(way, bits) for bits in RIVALS for way in WAYS]
+    cells = [(way, bits) for bits in RIVALS for way in args.ways]
     with tempfile.TemporaryDirectory(prefix="rivals-") as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,9 @@ def main() -> None:
             bos=False, max_tokens=args.max_tokens,
         ).to_dict()  # fmt: skip
     original, *scores = result["models"]
-    rows = [
+    kept = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
+    rows = [row for row in kept if row.get("way") not in (None, *args.ways)]
+    rows += [
         {"way": way, "bits": bits, "stored_bits": score["bits_per_compressed_weight"],
          "kl": score["kl"], "perplexity": score["perplexity"], "predicted": summary["distortion"],
          "held_out_kl": summary["held_out_kl"], "seconds": summary["seconds"]}
