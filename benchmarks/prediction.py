@@ -1,15 +1,17 @@
 """How well convex-caldera's predicted loss is met, in total and layer by layer.
 
     python benchmarks/prediction.py [--data DIR] [--models bundled ...] [--bits 2 2.2 2.5 3 4]
-                                    [--work DIR] [--max-tokens 8192]
+                                    [--work DIR] [--window 512] [--max-tokens 8192]
                                     [--out benchmarks/results/prediction.json]
 
 Two predictions of the whole: the plan's, which adds up what layers cost alone as they were
 measured before drift correction, and the KL on calibration windows held out, which a compression
 states when it ends. Both are set beside the KL on text that no calibration has seen. A layer's
 prediction is its own stored loss times its held-out scale; it is set beside the KL of the
-original model with this one layer exchanged. Outputs are those of benchmarks/quality.py under
---work, made there if they are missing. Writes JSON, a table, and docs/images/prediction.png.
+original model with this one layer exchanged. Windows longer than those of the calibration ask for
+positions that no prediction has seen; rows of several --window stand side by side. Outputs are
+those of benchmarks/quality.py under --work, made there if they are missing. Writes JSON, a table,
+and docs/images/prediction.png.
 """
 
 from __future__ import annotations
@@ -38,9 +40,8 @@ from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.single_layers import kl_of_single_layers
 
 METHOD = "convex-caldera"
-WINDOW = 512
 # Okabe-Ito colours and markers, legible without colour.
-LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"))
+LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 
 
 def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
@@ -60,7 +61,7 @@ def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
         load(out, dtype=torch.float32),
         read_text(evaluation),
         load_tokenizer(path),
-        window=WINDOW,
+        window=args.window,
         max_tokens=args.max_tokens,
     )
     predicted = {n: r["loss"] * r["held_out_scale"] for n, r in certificate["layers"].items()}
@@ -68,6 +69,7 @@ def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
     return {
         "model": Path(name).name,
         "bits": bits,
+        "window": args.window,
         "plan": certificate["plan"]["distortion"],
         "held_out_kl": container.report().get("held_out_kl"),
         "measured_kl": found["total_kl"],
@@ -97,14 +99,14 @@ def table(rows: list[dict]) -> str:
         "no calibration has seen. Layers: share with a ratio from 0.7 to 1.4, median ratio, "
         "Spearman's rank correlation.",
         "",
-        "| model | budget | measured KL | plan's sum | ratio | held-out windows | ratio "
+        "| model | budget | window | measured KL | plan's sum | ratio | held-out windows | ratio "
         "| layers in band | median layer | rank correlation |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         s, held_out = summary(row), row["held_out_kl"]
         lines.append(
-            f"| {row['model']} | {row['bits']:g} "
+            f"| {row['model']} | {row['bits']:g} | {row['window']} "
             f"| {row['measured_kl']:.5f} ± {row['measured_kl_stderr']:.5f} "
             f"| {row['plan']:.5f} | {s['by_plan']:.2f} "
             f"| {held_out['kl']:.5f} ± {held_out['kl_stderr']:.5f} | {s['by_held_out']:.2f} "
@@ -114,12 +116,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def place(row: dict) -> tuple[str, int, float]:
+    """What a row is about; a later one takes the place of an earlier."""
+    return row["model"], row["window"], row["bits"]
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Left the whole, right every layer: measured over predicted against the budget."""
     fig, (whole, layers) = plt.subplots(1, 2, figsize=(9.6, 3.9))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for (color, marker), (i, model) in zip(LOOKS, enumerate(models), strict=False):
-        own = [row for row in rows if row["model"] == model]
+    models = list(dict.fromkeys((row["model"], row["window"]) for row in rows))
+    for (color, marker), (i, (name, window)) in zip(LOOKS, enumerate(models), strict=False):
+        own = [row for row in rows if (row["model"], row["window"]) == (name, window)]
+        model = f"{name}, windows of {window}"
         bits = [row["bits"] for row in own]
         found = [summary(row) for row in own]
         style = {"color": color, "marker": marker}
@@ -139,7 +147,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.axhspan(*band, color="#EBEBEB")
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_yscale("log")
-        axis.set_yticks([0.5, 0.7, 1.0, 1.4, 2.0], ["0.5", "0.7", "1", "1.4", "2"])
+        axis.set_yticks([0.5, 0.7, 1.0, 1.4, 2.0, 5.0], ["0.5", "0.7", "1", "1.4", "2", "5"])
         axis.minorticks_off()
         axis.set_xlabel("bits per compressed weight")
         axis.set_title(title, fontsize=10)
@@ -158,6 +166,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--work", type=Path, required=True, help="that of benchmarks/quality.py")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction.json"))
@@ -170,10 +179,9 @@ def main() -> None:
             print(f"{name} is not there; skipped")
             continue
         for bits in args.bits:
-            place = (Path(name).name, bits)
-            rows = [row for row in rows if (row["model"], row["bits"]) != place]
             rows.append(run_cell_of(name, bits, args, args.work))
-            rows.sort(key=lambda row: (row["model"], row["bits"]))
+            rows = list({place(row): row for row in rows}.values())
+            rows.sort(key=place)
             args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             args.out.with_suffix(".md").write_text(table(rows))
     draw(rows, args.picture)
