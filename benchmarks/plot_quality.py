@@ -60,8 +60,12 @@ def draw(models: dict, out: Path) -> None:
         axis.set_xlabel("stored bits per compressed weight")
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel("KL from the original, nats per token")
-    axes[0][-1].legend(frameon=False, fontsize=8)
-    fig.tight_layout()
+    named = {label: line for axis in axes[0]
+             for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    shown = [method for method in STYLE if method in named]
+    fig.legend([named[method] for method in shown], shown, loc="lower center", ncols=len(shown),
+               fontsize=9, frameon=False)  # fmt: skip
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(out, dpi=150)
 
