@@ -241,16 +241,15 @@ def markdown(record: dict[str, Any]) -> str:
     if "quality" in record:
         rows = [
             (
-                r["model"], r["method"], r["precision"], f"{r['bits']:.3f}",
-                f"{r['perplexity']:.3f}", f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}",
+                r["model"], r["method"], r["precision"], f"{r['bits']:.3f}", str(r["tokens"]),
+                f"{r['original_perplexity']:.3f}", f"{r['perplexity']:.3f}", f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}",
             )
             for r in record["quality"]
         ]  # fmt: skip
-        heads = ("model", "method", "precision", "bits", "perplexity", "KL")
-        first = record["quality"][0]
+        heads = ("model", "method", "precision", "bits", "tokens", "original", "perplexity", "KL")
         text = (
-            f"MXINT in blocks of 16, rank {RANK}, factors MXINT8; {first['tokens']} tokens of "
-            f"bundled:test, original perplexity {first['original_perplexity']:.3f}."
+            f"MXINT in blocks of 16, rank {RANK}, factors MXINT8; so many tokens of "
+            "bundled:test; compare rows of equal tokens, beside the original's perplexity there."
         )
         parts += ["## Quality", "", text, "", *_fenced(heads, rows)]
     return "\n".join(parts).rstrip() + "\n"

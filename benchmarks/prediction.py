@@ -123,7 +123,7 @@ def place(row: dict) -> tuple[str, int, float]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Left the whole, right every layer: measured over predicted against the budget."""
-    fig, (whole, layers) = plt.subplots(1, 2, figsize=(9.6, 3.9))
+    fig, (whole, layers) = plt.subplots(1, 2, figsize=(9.6, 4.9))
     models = list(dict.fromkeys((row["model"], row["window"]) for row in rows))
     for (color, marker), (i, (name, window)) in zip(LOOKS, enumerate(models), strict=False):
         own = [row for row in rows if (row["model"], row["window"]) == (name, window)]
@@ -152,8 +152,9 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_xlabel("bits per compressed weight")
         axis.set_title(title, fontsize=10)
     whole.set_ylabel("measured KL / predicted KL")
-    whole.legend(fontsize=7, loc="best")
-    fig.tight_layout()
+    handles, labels = whole.get_legend_handles_labels()
+    fig.legend(handles, labels, fontsize=8, loc="lower center", ncols=2, frameon=False)
+    fig.tight_layout(rect=(0, 0.05 + 0.045 * len(models), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
 
