@@ -242,7 +242,8 @@ def markdown(record: dict[str, Any]) -> str:
         rows = [
             (
                 r["model"], r["method"], r["precision"], f"{r['bits']:.3f}", str(r["tokens"]),
-                f"{r['original_perplexity']:.3f}", f"{r['perplexity']:.3f}", f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}",
+                f"{r['original_perplexity']:.3f}", f"{r['perplexity']:.3f}",
+                f"{r['kl']:.5f} ± {r['kl_stderr']:.5f}",
             )
             for r in record["quality"]
         ]  # fmt: skip
