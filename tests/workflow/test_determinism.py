@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from convex_caldera.recipes.table import METHODS
-from convex_caldera.workflow import compress as workflow
+from convex_caldera.workflow import fitting as workflow
 from convex_caldera.workflow.fitting import side_by_side
 from tests.workflow.fixtures import BITS
 from tests.workflow.running import compress, run, snapshot

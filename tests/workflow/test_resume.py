@@ -131,7 +131,7 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupt(*details: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convex_caldera.workflow.compress.side_by_side", interrupt)
+    monkeypatch.setattr("convex_caldera.workflow.fitting.side_by_side", interrupt)
     ran = compress(model, tmp_path / "out", text, *GPTQ)
     assert ran.code == 5
     assert "0 of 14 layers finished; run the same command again" in ran.err
