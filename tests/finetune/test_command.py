@@ -16,6 +16,7 @@ from convex_caldera.certify import verify
 from convex_caldera.core.terms import Coded
 from convex_caldera.runtime.load import load
 from convex_caldera.storage import open_container
+from tests.loading import from_transformers
 from tests.workflow.fixtures import Output
 from tests.workflow.killing import start
 from tests.workflow.running import Ran, run, shard_bytes, snapshot
@@ -34,16 +35,6 @@ def finetune(made: Output, out: Path, text: Path, *options: object, **keywords: 
         "finetune", made.directory, "-o", out, "--model", made.model, "--dataset", text, *QUICK,
         *options, json_to=out.with_suffix(".json"), **keywords,
     )  # fmt: skip
-
-
-def from_transformers(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True, dtype=torch.float32
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    return model
 
 
 @pytest.mark.parametrize(
@@ -77,7 +68,7 @@ def test_tuned_model_is_a_normal_output(
     result = verify(out, made.model)
     assert result.ok, result.text()
     assert "fine-tuning" in result.text()
-    ours, theirs = load(out, dtype=torch.float32), from_transformers(out)
+    ours, theirs = load(out, dtype=torch.float32), from_transformers(out, dtype=torch.float32)
     with torch.no_grad():
         logits = ours(TOKENS).logits
         assert torch.equal(logits, theirs(TOKENS).logits)

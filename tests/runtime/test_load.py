@@ -17,6 +17,7 @@ from convex_caldera.runtime import CompressedLinear
 from convex_caldera.runtime.hf import register
 from convex_caldera.runtime.load import load
 from convex_caldera.storage import export_dense, open_container
+from tests import loading
 from tests.examples import first
 from tests.storage.making import make_output
 
@@ -46,14 +47,8 @@ def output(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def from_transformers(directory: Path, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
     register()
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True, **options
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    return model
+    return loading.from_transformers(directory, **options)
 
 
 @torch.no_grad()

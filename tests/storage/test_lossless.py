@@ -22,6 +22,7 @@ from convex_caldera.storage import Container, export_dense, open_container
 from convex_caldera.storage.lossless import LOSSLESS_KEY
 from convex_caldera.storage.shard import read_header, tensor_bytes
 from tests.examples import examples, first
+from tests.loading import from_transformers
 from tests.storage.making import make_output
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 320
@@ -81,14 +82,6 @@ def outputs(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[tied]
 
     return make
-
-
-def from_transformers(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    return model
 
 
 @pytest.mark.parametrize("tied", first(1, [False, True]))

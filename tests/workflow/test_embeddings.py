@@ -20,6 +20,7 @@ from convex_caldera.models.tokenizer import load_tokenizer
 from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.collecting import HELD_OUT
 from convex_caldera.workflow.inspecting import inspect_directory
+from tests.loading import from_transformers
 from tests.tiny_models import VOCABULARY
 from tests.workflow.killing import at_file
 from tests.workflow.running import NSAMPLES, SEQLEN, Ran, compress, run, shard_bytes, snapshot
@@ -60,16 +61,6 @@ def rounded(model: Path, out: Path, text: Path, *options: object) -> Ran:
     return ran
 
 
-def from_transformers(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    return model.eval()
-
-
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     return model(TOKENS).logits.double()
@@ -107,7 +98,10 @@ def test_files_with_embeddings_are_within_the_budget(allocated: tuple[Path, Ran]
 
 def test_both_loaders_decode_embeddings_to_one_plain_weight(allocated: tuple[Path, Ran]) -> None:
     out, _ = allocated
-    models = [convex_caldera.load(out, dtype=torch.float32), from_transformers(out)]
+    models = [
+        convex_caldera.load(out, dtype=torch.float32),
+        from_transformers(out, dtype=torch.float32),
+    ]
     assert torch.equal(*map(logits, models))
     expected = open_container(out).layer(NAME).decode()
     for loaded in models:
@@ -220,7 +214,10 @@ def test_families_load_alike_with_compressed_embeddings(
     container = open_container(tmp_path / "out")
     assert len(container.report()["embeddings"]) == (1 if tied else 2)
     assert not any("position" in name for name in container.layers)
-    ours, theirs = convex_caldera.load(tmp_path / "out"), from_transformers(tmp_path / "out")
+    ours, theirs = (
+        convex_caldera.load(tmp_path / "out"),
+        from_transformers(tmp_path / "out", dtype=torch.float32),
+    )
     assert torch.equal(logits(ours), logits(theirs))
     assert (ours.get_input_embeddings().weight is ours.get_output_embeddings().weight) == tied
     cosine = torch.cosine_similarity(
@@ -242,7 +239,7 @@ def test_pins_and_ignore_reach_embeddings_by_name(
     assert NAME in kept.layers and "lm_head.weight" in kept.rest
     assert torch.equal(
         logits(convex_caldera.load(tmp_path / "ignored")),
-        logits(from_transformers(tmp_path / "ignored")),
+        logits(from_transformers(tmp_path / "ignored", dtype=torch.float32)),
     )
 
 
@@ -274,7 +271,10 @@ def test_a_tied_matrix_that_is_stored_as_the_head_serves_both_uses(
     rounded(renamed, tmp_path / "out", text)
     container = open_container(tmp_path / "out")
     assert container.report()["embeddings"] == {"lm_head": ["lookup", "head"]}
-    ours, theirs = convex_caldera.load(tmp_path / "out"), from_transformers(tmp_path / "out")
+    ours, theirs = (
+        convex_caldera.load(tmp_path / "out"),
+        from_transformers(tmp_path / "out", dtype=torch.float32),
+    )
     assert torch.equal(logits(ours), logits(theirs))
     for loaded in (ours, theirs):
         assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import convex_caldera
+from tests.loading import from_transformers
 from tests.tiny_models import FAMILIES
 from tests.workflow.running import compress, shard_bytes
 
@@ -41,16 +42,6 @@ def original(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def from_transformers(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"], report
-    return model.eval()
-
-
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(TOKENS).logits.double()
@@ -79,7 +70,7 @@ def test_family_survives_compression(
     assert ran.json["file_bytes"] == shard_bytes(tmp_path / "out")["all"]
     assert ran.json["bits_per_compressed_weight"] <= 7
     ours = logits(convex_caldera.load(tmp_path / "out", dtype=torch.float32))
-    theirs = logits(from_transformers(tmp_path / "out"))
+    theirs = logits(from_transformers(tmp_path / "out", dtype=torch.float32))
     assert torch.equal(ours, theirs)
     expected = logits(original(model))
     assert not torch.equal(ours, expected)

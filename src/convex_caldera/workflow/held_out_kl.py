@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from convex_caldera.evaluate.divergence import token_scores
 from convex_caldera.evaluate.standard_error import clustered_mean
 from convex_caldera.runtime.names import own_name
+from convex_caldera.workflow.substituted import Substituted, always
 
 DIGITS = 6  # significant ones that are reported
 
@@ -54,12 +55,12 @@ def kl_of_windows(
         weight = own_name(model, f"{name}.weight", known)
         if weight is None:
             return None
-        changed[weight] = W.to(known[weight])
-    sums = []
+        changed[weight] = always(W)
+    other, sums = Substituted(model, changed), []
     with torch.inference_mode():
         for ids in windows.to(next(iter(known.values())).device).split(1):
             p = model(input_ids=ids).logits[:, :-1]
-            q = torch.func.functional_call(model, changed, (), {"input_ids": ids}).logits[:, :-1]
+            q = other(input_ids=ids).logits[:, :-1]
             sums.append(token_scores(q, ids[:, 1:], p).kl.double().sum().cpu())
             advance()
     counts = torch.full((len(windows),), windows.shape[1] - 1)

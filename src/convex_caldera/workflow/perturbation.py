@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.evaluate.divergence import token_scores
-from convex_caldera.workflow.single_layers import Substituted
+from convex_caldera.workflow.substituted import Substituted, always
 
 # Tokens that every value is measured on; all on the same ones.
 MEASURED_TOKENS = 8192
@@ -37,7 +37,7 @@ def measured_kl(
     Cost: one forward pass a value, and one of the original.
     """
     windows = tokens[: max(1, MEASURED_TOKENS // tokens.shape[1])]
-    others = [Substituted(model, parameter, _always(value)) for value in values]
+    others = [Substituted(model, {parameter: always(value)}) for value in values]
     sums = [0.0] * len(values)
     for ids in windows.to(next(model.parameters()).device).split(BATCH):
         original = model(input_ids=ids, use_cache=False).logits
@@ -45,7 +45,3 @@ def measured_kl(
             logits = other(input_ids=ids, use_cache=False).logits
             sums[i] += float(token_scores(logits, ids, original).kl.sum())
     return [max(total / windows.numel(), 0.0) for total in sums]
-
-
-def _always(value: Tensor) -> Any:
-    return lambda: value

@@ -9,33 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convex_caldera.errors import ModelError
 from convex_caldera.evaluate.compare import Candidate, evaluate
 from convex_caldera.runtime.names import own_name
+from convex_caldera.workflow.substituted import Substituted
 
 TOGETHER = "all layers"
 ORIGINAL = "original"
-
-
-class Substituted(nn.Module):
-    """A model in whose forward pass one weight is another; the model itself is not altered."""
-
-    def __init__(self, model: nn.Module, weight: str, value: Callable[[], Tensor]):
-        super().__init__()
-        self.model, self._weight, self._value = model, weight, value
-        self.config = model.config
-
-    def forward(self, **inputs: Any) -> Any:
-        old = self.model.get_parameter(self._weight)
-        value = self._value().to(old)
-        if value.shape != old.shape:
-            raise ModelError(
-                f"{self._weight}: {tuple(value.shape)} compressed, {tuple(old.shape)} in the model"
-            )
-        return torch.func.functional_call(self.model, {self._weight: value}, (), inputs)
 
 
 def kl_of_single_layers(
@@ -72,7 +54,7 @@ def kl_of_single_layers(
         weight = own_name(model, f"{name}.weight", known)
         if weight is None:
             raise ModelError(f"{name}: the original has no such layer; give the one compressed")
-        single = Substituted(model, weight, decoded)
+        single = Substituted(model, {weight: decoded})
         candidates.append(Candidate(name, lambda single=single: single))  # type: ignore[misc]
     found = evaluate(
         candidates, text, tokenizer, window=window, max_tokens=max_tokens, progress=progress
