@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+from quality import located
 
 from convex_caldera.errors import ConvexCalderaError
 from convex_caldera.recipes.table import METHODS
@@ -55,11 +56,6 @@ CASES = {
     ),
 }
 PARTS = "lowrank,signs,norms"
-
-
-def located(name: str, data: Path | None) -> str:
-    """A bundled name as it is, anything else below the data folder."""
-    return name if name.startswith("bundled") else str((data or Path()) / name)
 
 
 def timed(work, *arguments, **options) -> dict:

@@ -31,20 +31,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+from quality import CASES, located
+
 from convex_caldera.calibrate.drift import Blend
 from convex_caldera.core.recipe import Recipe
 from convex_caldera.recipes.lattice import caldera_recipe
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.evaluating import evaluate_models
 from convex_caldera.workflow.settings import make_settings
-
-# model -> (calibration text, evaluation text); paths are below --data.
-CASES = {
-    "models/TinyStories-656K": ("text/tinystories_train_2mb.txt", "text/tinystories_valid_a.txt"),
-    "bundled": ("bundled:calibration", "bundled:test"),
-    "models/wiki-llama-14m": ("text/c4_sample_a.txt", "text/wikipedia_en_2018_valid.txt"),
-}
-
 
 MENU = {"bits_menu": "2,3,4"}
 
@@ -162,11 +156,6 @@ def mean_drift(layers: dict) -> dict[str, float] | None:
     if not found:
         return None
     return {key: statistics.mean(drift[key] for drift in found) for key in found[0]}
-
-
-def located(name: str, data: Path | None) -> str:
-    """A bundled name as it is, anything else below the data folder."""
-    return name if name.startswith("bundled") else str((data or Path()) / name)
 
 
 def table(cells: Cells) -> str:
