@@ -54,6 +54,7 @@ from convex_caldera.workflow.precision import code_bits, precision_label
 from convex_caldera.workflow.progress import Progress, Silent
 from convex_caldera.workflow.sequential import fit_in_order
 from convex_caldera.workflow.settings import Settings
+from convex_caldera.workflow.spending import fit_spending
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,10 @@ def _together(compression: Compression) -> dict[str, Any]:
 def _fit_uniformly(compression: Compression) -> Plan:
     """The method's uniform plan, every layer fitted and stored."""
     job = compression.job
-    plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
     drifts = job.targets == "drift-corrected"
+    if job.settings.coder is not None and not drifts and job.method.share is None:
+        return fit_spending(compression)
+    plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
     if drifts and job.method.share is not None:
         raise RecipeError(
             f"{job.method.name} trains decoders for several layers at once; it cannot correct "

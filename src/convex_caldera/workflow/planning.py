@@ -140,7 +140,7 @@ def fixed_budget(settings: Settings, sites: Sequence[NamedMatrix], method: Metho
     if (settings.bits, settings.size, settings.ratio) != (None, None, None) or method.allocates:
         return None
     check_wishes(sites, method, settings)
-    ladders = {site.name: _ladder(site, method, settings) for site in sites}
+    ladders = {site.name: ladder_of(site, method, settings) for site in sites}
     if any(len(ladder) != 1 for ladder in ladders.values()):
         return None
     alone = {name: ladder[0] for name, ladder in ladders.items()}
@@ -290,7 +290,7 @@ def uniform_plan(
         RecipeError: a wish that fits no layer, or that the method cannot obey.
     """
     check_wishes(sites, method, settings)
-    ladders = {site.name: _ladder(site, method, settings) for site in sites}
+    ladders = {site.name: ladder_of(site, method, settings) for site in sites}
     shapes = {site.name: site.shape for site in sites}
     rungs = [
         Rungs(name, math.prod(shapes[name]), tuple(layer_bytes(r, shapes[name]) for r in ladder))
@@ -331,22 +331,22 @@ def shared(
 def planned_bytes(recipes: Mapping[str, Recipe], shapes: Mapping[str, tuple[int, int]]) -> int:
     """Exact bytes of the compressed shards of these layers."""
     return planned_shard_bytes(
-        LayerEntry(name, *_layout(recipe, shapes[name])) for name, recipe in recipes.items()
+        LayerEntry(name, *layout_of(recipe, shapes[name])) for name, recipe in recipes.items()
     )
 
 
 def layer_bytes(recipe: Recipe, shape: tuple[int, int]) -> int:
     """Bytes of one layer's tensors, before file headers."""
-    _, layout = _layout(recipe, shape)
+    _, layout = layout_of(recipe, shape)
     return sum(math.prod(size) * dtype.itemsize for dtype, size in layout.values())
 
 
 @lru_cache(maxsize=65536)
-def _layout(recipe: Recipe, shape: tuple[int, int]):  # type: ignore[no-untyped-def]
+def layout_of(recipe: Recipe, shape: tuple[int, int]):  # type: ignore[no-untyped-def]
     return recipe_layout(recipe, shape)
 
 
-def _ladder(site: NamedMatrix, method: Method, settings: Settings) -> list[Recipe]:
+def ladder_of(site: NamedMatrix, method: Method, settings: Settings) -> list[Recipe]:
     """A layer's recipes by rising size; of two with one size the later is kept."""
     wishes = wishes_of(settings, site.name)
     if settings.rank_menu is not None and wishes.rank is None:
