@@ -49,6 +49,16 @@ def test_vectors_are_cut_from_the_flattened_tensor() -> None:
     assert torch.equal(again.indices, result.indices)
 
 
+def test_a_tolerance_ends_iterations_whatever_the_scale_of_the_weights() -> None:
+    for unit in (1.0, 1e-3):
+        W = unit * gaussian(128, 256)
+        loose, default, tight = (
+            scl_quantize(W, SCLQuantizationParams(6, "vector", 2, tolerance=tolerance)).distortion
+            for tolerance in (0.05, 1e-6, 0.0)
+        )
+        assert tight <= default <= 1.001 * tight < 0.98 * loose
+
+
 def test_groups_lower_the_error_of_unequal_rows() -> None:
     W = gaussian(64, 128) * torch.logspace(-2, 0, 64)[:, None]
     errors = [

@@ -4,10 +4,10 @@
     result = scl_quantize(W, SCLQuantizationParams(num_bits=4, method="lloyd_max"))
 
 Differences from the original: Lloyd-Max levels are the globally best ones, k-means is seeded by
-k-means++ and repairs empty cells; iterations end by relative decrease (1e-9 and 1e-5), so that
-small weights are fitted as well as large ones, and `tolerance` is only checked; "mae" is how
-distortion is reported, for every method, while fitting is always by squared error. Entropy and
-the bytes that all of it takes stand beside the nominal rate, which leaves the codebook out.
+k-means++ and repairs empty cells; `tolerance` is relative to the error instead of absolute, so
+that small weights are fitted as well as large ones; "mae" is how distortion is reported, for
+every method, while fitting is always by squared error. Entropy and the bytes that all of it takes
+stand beside the nominal rate, which leaves the codebook out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class SCLQuantizationParams:
         vector_dim: weights of a vector; 1 for the scalar methods.
         num_codebook_entries: instead of num_bits, a power of two.
         max_iterations: of fitting a codebook.
-        tolerance: >= 0; see above.
+        tolerance: iterations of "lloyd_max" and "vector" end when the error falls by no more than
+            this part of itself.
         random_seed: of k-means.
         distortion_metric: "mse" or "mae", how distortion is reported.
         group_size: weights of a row that share a scale; 0 a row, -1 the whole tensor.
@@ -147,7 +148,7 @@ def scl_quantize(
             f"{'vectors' if params.is_vector else 'weights'}; choose fewer num_bits"
         )
     quantizer = params.quantizer()
-    fitted = quantizer.fit(W)
+    fitted = _fitted(W, quantizer, params.tolerance)
     codes = fitted.encode(W)
     quantized = fitted.decode(codes).reshape(weights.shape)
     term = Coded(codes, fitted, Rans(symbol_bits(quantizer)))
@@ -166,6 +167,12 @@ def scl_quantize(
         num_codebook_entries=entries,
         method=params.method,
     )
+
+
+def _fitted(W: Tensor, quantizer: Quantizer, tolerance: float) -> FittedQuantizer:
+    if isinstance(quantizer, KMeans | LloydMax):
+        return quantizer.fit(W, tolerance=tolerance)
+    return quantizer.fit(W)
 
 
 def _matrix(weights: Tensor, params: SCLQuantizationParams) -> Tensor:

@@ -118,12 +118,18 @@ class KMeans:
         return 1 << self.code_bits
 
     def fit(
-        self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0
+        self,
+        W: Tensor,
+        *,
+        importance: Tensor | None = None,
+        gain: float = 1.0,
+        tolerance: float | None = None,
     ) -> FittedKMeans:
         """Scales and codebook for W (m, n), both rounded as stored.
 
         The importance also steers `encode` of what is returned; it is not stored. `gain`
-        multiplies the scales only.
+        multiplies the scales only. `tolerance` is the relative decrease of the error below which
+        iterations end; 1e-5, or 1e-9 in one dimension.
 
         Raises:
             ShapeError, NumericalError: W is not a finite matrix, or its scales do not fit
@@ -138,7 +144,7 @@ class KMeans:
         columns = None if importance is None else floored(importance)
         unit = FittedKMeans(self, shape, scales, torch.empty(0), columns)
         points, weights = self.sample(W, unit)
-        codebook = lloyd(points, weights, self)
+        codebook = lloyd(points, weights, self, tolerance)
         return FittedKMeans(
             self,
             shape,
@@ -279,17 +285,19 @@ def relative(scale: Tensor) -> Tensor:
     return scale / largest if largest > 0 else torch.ones_like(scale)
 
 
-def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
+def lloyd(
+    points: Tensor, weights: Tensor, quantizer: KMeans, tolerance: float | None = None
+) -> Tensor:
     """Codebook (K, dim), float32, of points (N, dim) under weights (N, dim), both on the CPU.
 
-    k-means++ on all points, then Lloyd's steps until the error falls by less than 1e-5 of
-    itself; in one dimension the globally best levels. Pure: neither argument is changed.
+    k-means++ on all points, then Lloyd's steps until the error falls by less than `tolerance`
+    (1e-5) of itself; in one dimension the globally best levels. Pure: neither argument is changed.
     """
     if quantizer.dim == 1:
         from convex_caldera.quantizers.scalar_levels import best_levels, distinct_points
 
         flat = distinct_points(points.flatten().double().numpy(), weights.flatten().numpy())
-        levels = best_levels(flat, quantizer.num_codewords, quantizer.iterations)
+        levels = best_levels(flat, quantizer.num_codewords, quantizer.iterations, tolerance)
         return torch.from_numpy(levels).float()[:, None]
     from convex_caldera.quantizers import kmeans_kernels as kernels
 
@@ -298,6 +306,7 @@ def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
     draws = torch.rand(quantizer.num_codewords, generator=random, dtype=torch.float64)
     codebook = kernels.seed_codebook(x, w, draws.numpy())
     last, free = float("inf"), np.zeros(len(codebook), np.float32)
+    tolerance = _TOLERANCE if tolerance is None else tolerance
     for _ in range(quantizer.iterations):
         codes, errors = kernels.nearest(x, w, codebook, free)
         total = float(errors.sum(dtype="float64"))
@@ -307,7 +316,7 @@ def lloyd(points: Tensor, weights: Tensor, quantizer: KMeans) -> Tensor:
         worst = (-errors).argsort(kind="stable")[: empty.size]
         worst = worst[errors[worst] > 0]
         codebook[empty[: worst.size]] = x[worst]
-        if not worst.size and last - total <= _TOLERANCE * total:
+        if not worst.size and last - total <= tolerance * total:
             break
         last = total
     return torch.from_numpy(codebook)

@@ -86,9 +86,16 @@ class LloydMax:
         return 1
 
     def fit(
-        self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0
+        self,
+        W: Tensor,
+        *,
+        importance: Tensor | None = None,
+        gain: float = 1.0,
+        tolerance: float | None = None,
     ) -> FittedLloydMax:
         """Scales and levels for W (m, n), rounded as stored; `gain` multiplies the scales only.
+
+        `tolerance` is the relative decrease of the error at which iterations end; 1e-9.
 
         Raises:
             ShapeError, NumericalError: W is not a finite matrix, or its scales do not fit
@@ -108,7 +115,7 @@ class LloydMax:
             points = sorted_points(sample, scales.new_ones(1, 1), -1, weights)
         else:
             points = sorted_points(W, scales, self.group_size, columns)
-        levels = best_levels(points, 1 << self.bits, self.iterations)
+        levels = best_levels(points, 1 << self.bits, self.iterations, tolerance)
         return FittedLloydMax(
             self,
             shape,

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 BINS = 1 << 20
 COARSE = 1 << 11
 _CHUNK = 1 << 22  # weights per call of the histogram
-_TOLERANCE = 1e-9  # relative decrease of the error at which Lloyd's steps end
+_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,9 @@ def sorted_points(W: Tensor, scales: Tensor, group_size: int, importance: Tensor
     return Points(moment[full] / count[full], count[full])
 
 
-def best_levels(points: Points, size: int, iterations: int) -> Floats:
+def best_levels(
+    points: Points, size: int, iterations: int, tolerance: float | None = None
+) -> Floats:
     """Ascending levels (size,); fewer points than levels: each its own, the last repeated."""
     if len(points.values) <= size:
         spare = size - len(points.values)
@@ -85,11 +87,17 @@ def best_levels(points: Points, size: int, iterations: int) -> Floats:
         coarse = points
     starts = best_cells(*coarse.prefix_sums(), size)
     mass, first, _ = (sums[np.append(starts, len(coarse.values))] for sums in coarse.prefix_sums())
-    return lloyd(points, np.diff(first) / np.diff(mass), iterations)
+    return lloyd(points, np.diff(first) / np.diff(mass), iterations, tolerance)
 
 
-def lloyd(points: Points, levels: Floats, iterations: int) -> Floats:
-    """Lloyd's steps from given ascending levels; a level that loses its points stays."""
+def lloyd(
+    points: Points, levels: Floats, iterations: int, tolerance: float | None = None
+) -> Floats:
+    """Lloyd's steps from given ascending levels; a level that loses its points stays.
+
+    They end when the error falls by no more than `tolerance` (1e-9) of itself.
+    """
+    tolerance = _TOLERANCE if tolerance is None else tolerance
     mass, first, second = points.prefix_sums()
     last = np.inf
     for _ in range(iterations):
@@ -98,7 +106,7 @@ def lloyd(points: Points, levels: Floats, iterations: int) -> Floats:
         w, s = np.diff(mass[ends]), np.diff(first[ends])
         levels = np.divide(s, w, out=levels.copy(), where=w > 0)
         error = float(second[-1] - (2 * levels * s - levels**2 * w).sum())
-        if last - error <= _TOLERANCE * abs(error):
+        if last - error <= tolerance * abs(error):
             break
         last = error
     return np.maximum.accumulate(levels)
