@@ -14,6 +14,7 @@ from convex_caldera import quantizers, transforms
 from convex_caldera.core.recipe import METRICS, FactorCoding, FitLowRank, Quantize, Recipe
 from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers.e8p import E8P
+from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.quantizers.uniform import Uniform
 from convex_caldera.recipes.records import (
     canonical_json,
@@ -59,6 +60,20 @@ def test_recipe_reads_itself_back(recipe: Recipe) -> None:
     assert from_record(json.loads(canonical_json(record))) == recipe
     assert from_record(from_toml(to_toml(record))) == recipe
     assert recipe_hash(from_record(record)) == recipe_hash(recipe)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Trellis(5), Trellis(5.0)),  # type: ignore[arg-type]
+        (Quantize(Trellis(2), gains=(1,)), Quantize(Trellis(2.0), gains=(1.0,))),  # type: ignore[arg-type]
+        (Recipe(RECIPE.steps, damping=0), Recipe(RECIPE.steps, damping=0.0)),
+    ],
+)
+def test_equal_values_have_one_text(one: Any, other: Any) -> None:
+    """What is planned by one of them may be stored by the other: their headers are as long."""
+    assert one == other
+    assert canonical_json(to_record(one)) == canonical_json(to_record(other))
 
 
 def test_every_quantizer_and_transform_can_be_recorded() -> None:

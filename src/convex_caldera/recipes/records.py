@@ -33,12 +33,16 @@ OTHERS: dict[str, type] = {"recipe": Recipe, "factor_coding": FactorCoding}
 
 
 def to_record(value: Any) -> Record:
-    """A recipe, step, quantizer or transform as a plain dict. Raises RecipeError if unknown."""
+    """A recipe, step, quantizer or transform as a plain dict. Raises RecipeError if unknown.
+
+    Equal values have one text: where a field takes floats, 2 is written as 2.0.
+    """
     record: Record = {"kind": _kind(type(value))}
+    hints = _fields(type(value))
     for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
+        item, (hint, _) = getattr(value, field.name), hints[field.name]
         if item is not None:
-            record[field.name] = _plain(item, f"{record['kind']}.{field.name}")
+            record[field.name] = _plain(item, hint, f"{record['kind']}.{field.name}")
         elif field.default is not None:
             raise RecipeError(f"{record['kind']}.{field.name} is None, which has no record")
     return record
@@ -85,16 +89,24 @@ def _kind(cls: type) -> str:
     raise RecipeError(f"{cls.__name__} is in no table of quantizers, transforms or steps")
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value):
         return to_record(value)
     if isinstance(value, tuple):
-        return [_plain(item, where) for item in value]
+        return [_plain(item, hint, where) for item in value]
+    if type(value) is int and _takes_floats(hint):
+        return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where} is {value}; only finite numbers can be stored")
     if isinstance(value, bool | int | float | str):
         return value
     raise RecipeError(f"{where} is a {type(value).__name__}, which has no record")
+
+
+def _takes_floats(hint: Any) -> bool:
+    """Whether whole numbers in a field of this type, or in its tuple, stand for floats."""
+    hints = {hint, *get_args(hint)}
+    return float in hints and int not in hints
 
 
 @cache
