@@ -18,12 +18,14 @@ keeps the best state, is what guarantees it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from convex_caldera.core.protocols import FittedQuantizer
 from convex_caldera.errors import RecipeError
+from convex_caldera.fit.tile_feedback import Place, TileFeedback, padded
 
 # Columns whose feedback is applied one quantizer block at a time; beyond it one GEMM serves.
 PANEL = 128
@@ -97,10 +99,9 @@ def round_two_sided(
 ) -> tuple[Tensor, Tensor]:
     """Codes and values of W under a Kronecker curvature O (x) H, tile by tile.
 
-    With O = P C P^T and H = U D U^T (unit upper, blocks of `rows` and d), the loss is
-    sum_IJ tr(C_I e_IJ D_J e_IJ^T), e = P^T (W - W^) U, so tile (I, J) is rounded towards W_IJ
-    plus the feedback of all tiles above and to the left: with P = I this is LDLQ. Tiles on one
-    anti-diagonal do not see each other and are encoded together.
+    Tile (I, J) is rounded towards W_IJ plus the feedback of all tiles above and to the left
+    (`fit.tile_feedback`): with P = I this is LDLQ. Tiles on one anti-diagonal do not see each
+    other and are encoded together.
 
     Args:
         W: the target (m, n).
@@ -110,59 +111,46 @@ def round_two_sided(
         rows: height of a tile.
 
     Source: the two-sided rounding of Tseng et al., YAQA, arXiv 2505.22988; anti-diagonals as in
-    BaKron, arXiv 2608.06291. Cost: m n (m + n) / 2 multiply-adds in small products.
+    BaKron, arXiv 2608.06291. Cost: at most m n (m + n) multiply-adds in batched products, and
+    m n / (rows d) encodings.
     """
-    U, P = unit_upper.to(W.dtype), output_upper.to(W.dtype)
-    (m, n), d = W.shape, fitted.quantizer.block
-    heights = [slice(i, min(i + rows, m)) for i in range(0, m, rows)]
-    widths = [slice(j, min(j + d, n)) for j in range(0, n, d)]
-    error, carried = torch.zeros_like(W), torch.zeros_like(W)  # E, and E U of the tiles done
-    codes: dict[tuple[int, int], Tensor] = {}
-    for wave in range(len(heights) + len(widths) - 1):
-        tiles = [(i, wave - i) for i in range(len(heights)) if 0 <= wave - i < len(widths)]
-        goals = []
-        for i, j in tiles:
-            part, cols = heights[i], widths[j]
-            left = error[part, : cols.start] @ U[: cols.start, cols]
-            above = P[: part.start, part].T @ carried[: part.start, cols]
-            carried[part, cols] = left
-            goals.append(W[part, cols] + left + above)
-        places = [(heights[i], widths[j]) for i, j in tiles]
-        for tile, (part, cols), (code, values) in zip(
-            tiles, places, encode_tiles(fitted, goals, places), strict=True
-        ):
-            codes[tile] = code
-            error[part, cols] = W[part, cols] - values.to(W.dtype)
-            carried[part, cols] += error[part, cols]
-    count = range(len(widths))
-    joined = [torch.cat([codes[i, j] for j in count], dim=1) for i in range(len(heights))]
-    return torch.cat(joined), W - error
+    feedback = TileFeedback(W, unit_upper, output_upper, rows, fitted.quantizer.block)
+    codes: list[list[Tensor]] = [[] for _ in range(feedback.high)]
+    for wave in range(feedback.waves):
+        goals, left = feedback.goals(wave)
+        coded, values = encode_tiles(fitted, goals, feedback.places(wave))
+        for row, code in zip(feedback.tiles(wave)[0].tolist(), coded, strict=True):
+            codes[row].append(code)  # columns of tiles come from left to right
+        feedback.settle(wave, left, values)
+    return torch.cat([torch.cat(row, dim=1) for row in codes]), W - feedback.error()
 
 
 def encode_tiles(
-    fitted: FittedQuantizer, goals: list[Tensor], places: list[tuple[slice, slice]]
-) -> list[tuple[Tensor, Tensor]]:
-    """(codes, values) of tiles at (rows, columns); in one call where the place does not matter."""
-    alike = len({goal.shape for goal in goals}) == 1 and len(goals) > 1
-    if not (alike and fitted.position_free):
-        return [
-            _encode_tile(fitted, goal, place) for goal, place in zip(goals, places, strict=True)
-        ]
-    height = goals[0].shape[0]
-    stacked = fitted.take_rows(slice(0, height * len(goals)))
-    codes = stacked.encode(torch.cat(goals), 0)
-    values = stacked.decode(codes, 0)
-    count = len(goals)
-    return list(zip(codes.chunk(count), values.chunk(count), strict=True))
+    fitted: FittedQuantizer, goals: Tensor, places: Sequence[Place]
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Codes of tiles, and their values, in one call where the place does not matter.
+
+    Args:
+        goals: (tiles, rows, cols); tiles at the edges are cut to their places, and their values
+            padded by zeros.
+        places: rows and columns of each tile.
+    """
+    shapes = {(part.stop - part.start, cols.stop - cols.start) for part, cols in places}
+    if len(places) == 1 or len(shapes) > 1 or not fitted.position_free:
+        codes, values = zip(*map(_encode_tile, repeat(fitted), goals, places), strict=True)
+        return codes, torch.stack([padded(v, *goals.shape[1:]) for v in values])
+    ((high, wide),) = shapes
+    stacked = fitted.take_rows(slice(0, high * len(goals)))
+    together = stacked.encode(goals[:, :high, :wide].reshape(-1, wide), 0)
+    found = stacked.decode(together, 0).to(goals.dtype).view(-1, high, wide)
+    return together.chunk(len(goals)), padded(found, *goals.shape)
 
 
-def _encode_tile(
-    fitted: FittedQuantizer, goal: Tensor, place: tuple[slice, slice]
-) -> tuple[Tensor, Tensor]:
+def _encode_tile(fitted: FittedQuantizer, goal: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     part, cols = place
     rows = fitted.take_rows(part)
-    codes = rows.encode(goal, cols.start)
-    return codes, rows.decode(codes, cols.start)
+    codes = rows.encode(goal[: part.stop - part.start, : cols.stop - cols.start], cols.start)
+    return codes, rows.decode(codes, cols.start).to(goal.dtype)
 
 
 def refine(
