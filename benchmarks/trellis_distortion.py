@@ -21,7 +21,6 @@ import platform
 import time
 from pathlib import Path
 
-import numba
 import torch
 
 from convex_caldera.core.protocols import Quantizer
@@ -88,7 +87,7 @@ def measure(quantizer: Quantizer, columns: int, seed: int) -> dict[str, object]:
         "ratio_standard_error": (shares.std() / len(shares) ** 0.5).item() * 4.0**bits,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "threads": numba.get_num_threads(),
+        "threads": torch.get_num_threads(),
     }
 
 

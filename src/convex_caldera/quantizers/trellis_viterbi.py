@@ -29,6 +29,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from convex_caldera.quantizers.trellis_simd import (
@@ -240,13 +241,17 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def run_jobs(job: Callable[[int], None], count: int) -> None:
-    """job(0) .. job(count - 1), on as many threads as numba is set to use."""
-    threads = min(numba.get_num_threads(), count)
-    if threads < 2:
+    """job(0) .. job(count - 1), on as many threads as torch may use here.
+
+    That is one where layers are fitted side by side: handing a wave of tiles to other threads,
+    which are as busy, costs more than searching it.
+    """
+    threads = torch.get_num_threads()
+    if min(threads, count) < 2:
         for i in range(count):
             job(i)
     else:
-        list(_pool(numba.get_num_threads(), os.getpid()).map(job, range(count)))
+        list(_pool(threads, os.getpid()).map(job, range(count)))
 
 
 def search(
