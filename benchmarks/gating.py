@@ -116,8 +116,9 @@ def exchange(part: str) -> Iterator[None]:
         yield
 
 
-def e8p_option(bits: float, rank: int = 0, factor_bits: int = 4) -> Recipe:
+def e8p_option(bits: float, rank: int = 0, factor_bits: int = 4, state_bits: int = 0) -> Recipe:
     """One option of a menu without trellis; rates between 2, 3 and 4 bits count as the lower."""
+    del state_bits
     return caldera_recipe(min(max(math.floor(bits), 2), 4), rank, factor_bits, sweeps=2)
 
 

@@ -6,7 +6,8 @@ propose    the convex program on the fitted curves: a rate and a rank for each l
 measure    the few options around each proposal, with the real quantizer
 decide     one option per layer by its measured loss under the byte budget, with a bound
 store      the options chosen, as they were fitted already; or their recipes carried out once more,
-           block after block, on targets that make up for the blocks before
+           block after block, on targets that make up for the blocks before and with a more
+           thorough search than they were measured with
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from convex_caldera.workflow.fitting import side_by_side
 from convex_caldera.workflow.held_out import held_out_scale
 from convex_caldera.workflow.offers import Choice, Offers
 from convex_caldera.workflow.operating_points import (
-    Candidate,
     Menus,
     OperatingPoints,
     measured_on_disk,
@@ -78,7 +78,7 @@ def _spectra(compression: Compression) -> dict[str, Floats]:
 
 def _candidates(offers: Offers, choices: Choices) -> Menus:
     return {
-        name: [Candidate(choice.label, offers.recipe(name, choice)) for choice in chosen]
+        name: [offers.candidate(name, choice) for choice in chosen]
         for name, chosen in choices.items()
     }
 

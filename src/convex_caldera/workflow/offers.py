@@ -24,13 +24,16 @@ from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.recipes.convex import (
     BIT_STEP,
     LEAST_BITS,
+    MEASURING_STATE_BITS,
     MOST_BITS,
+    STATE_BITS,
     convex_caldera_recipe,
     menu_ranks,
 )
 from convex_caldera.recipes.embedding import embedding_recipe
 from convex_caldera.recipes.guided import guided_recipe
 from convex_caldera.workflow.job import Job
+from convex_caldera.workflow.operating_points import Candidate
 from convex_caldera.workflow.planning import layer_bytes, ties_of, wishes_of
 from convex_caldera.workflow.proposal import Proposal
 from convex_caldera.workflow.settings import parse_menu
@@ -69,10 +72,16 @@ class Offers:
         self.ties = ties_of(job.settings.tie, job.sites)
         self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
 
-    def recipe(self, name: str, choice: Choice) -> Recipe:
-        """The recipe of an option."""
+    def candidate(self, name: str, choice: Choice) -> Candidate:
+        """An option as it is measured and stored."""
+        refitted = self.job.targets == "drift-corrected" and not self.is_embedding(name)
+        trial = self.recipe(name, choice, MEASURING_STATE_BITS) if refitted else None
+        return Candidate(choice.label, self.recipe(name, choice), trial)
+
+    def recipe(self, name: str, choice: Choice, state_bits: int = STATE_BITS) -> Recipe:
+        """The recipe of an option; 2^state_bits states of its trellises."""
         factor_bits = wishes_of(self.job.settings, name).factor_bits
-        recipe = convex_caldera_recipe(choice.bits, choice.rank, factor_bits)
+        recipe = convex_caldera_recipe(choice.bits, choice.rank, factor_bits, state_bits)
         if self.is_embedding(name):
             return embedding_recipe(recipe)
         guided = self.job.curvature == "guided"

@@ -33,10 +33,18 @@ FOLDER = "measured"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to store a layer; labels are unique within its menu."""
+    """One way to store a layer; labels are unique within its menu.
+
+    Args:
+        label: its name.
+        recipe: what the layer is stored by.
+        trial: a quicker recipe for codes of the same size, which is measured in its place where
+            the layers of the plan are fitted again.
+    """
 
     label: str
     recipe: Recipe
+    trial: Recipe | None = None
 
 
 Menus = Mapping[str, Sequence[Candidate]]
@@ -70,7 +78,7 @@ class OperatingPoints:
         """Fit every candidate that is not there yet, and run the model with those of embeddings."""
         sites = self.sites
         tasks = [
-            Task(_key(name, candidate.label), sites[name], candidate.recipe)
+            Task(_key(name, candidate.label), sites[name], candidate.trial or candidate.recipe)
             for name, candidates in menus.items()
             for candidate in candidates
         ]
