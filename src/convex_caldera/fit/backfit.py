@@ -62,13 +62,22 @@ class Fit:
     dead_channels: int
 
 
-def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: str) -> Fit:
+def fit_layer(
+    problem: Problem,
+    recipe: Recipe,
+    *,
+    seed: int,
+    layer: str,
+    site: str,
+    reported: Problem | None = None,
+) -> Fit:
     """Carry out `recipe` on one matrix.
 
     Args:
         problem: W (m, n) and its Hessian; the Hessian's damping is replaced by the recipe's.
         recipe: transforms, steps, sweeps.
         seed, layer, site: all randomness comes from these; `site` names the shared input.
+        reported: what the final loss is of, where rounding sees another target or metric.
 
     Raises:
         RecipeError: a rank or statistic that does not fit this matrix, or a transform that
@@ -84,12 +93,13 @@ def fit_layer(problem: Problem, recipe: Recipe, *, seed: int, layer: str, site: 
     inner, transforms = _enter(damped, recipe, seed, layer, site)
     terms, trace = backfit(inner, recipe)
     compressed = CompressedLayer((problem.W.shape[0], problem.W.shape[1]), terms, transforms)
-    loss = problem.loss(compressed.decode())
+    reported = reported or problem
+    loss = reported.loss(compressed.decode())
     return Fit(
         layer=compressed,
         trace=trace,
         loss=loss,
-        relative_loss=problem.share(loss),
+        relative_loss=reported.share(loss),
         ridge=hessian.ridge,
         dead_channels=int(hessian.dead.sum()),
     )

@@ -103,7 +103,7 @@ def _layers(points: OperatingPoints, decision: Decision) -> dict[str, Any]:
     def work(site: Site) -> dict[str, Any]:
         name, label = site.name, integer.choice[site.name]
         record, option = compression.run.record(name), points.record(name, label)
-        problem = fitter.curvatures.problem(site, fitter.weight(site))
+        problem = fitter.problem(site)
         limit = _limit(problem, record["loss"])
         scale = points.unit.scale_of(name, option)
         factor_bits = wishes_of(compression.job.settings, name).factor_bits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.recipes.records import to_record
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.code_rates import code_rates
-from convex_caldera.workflow.curvatures import Curvatures
+from convex_caldera.workflow.curvatures import LAYERS_KEPT, Curvatures
 from convex_caldera.workflow.progress import Progress
 
 T = TypeVar("T")
@@ -35,24 +36,29 @@ class Fitter:
 
     def fit(self, site: Site, recipe: Recipe) -> Fit:
         """The compressed layer; a pure function of model, text, recipe and seed."""
-        W = self.weight(site)
-        return self.fit_seen(
-            site, recipe, W, self.curvatures.seen(site, W), self.curvatures.smooths
-        )
+        return self.fit_seen(site, recipe, self._problems(site)[1])
 
-    def fit_seen(
-        self, site: Site, recipe: Recipe, W: Tensor, seen: Problem, other: bool = True
-    ) -> Fit:
-        """The fit to what rounding sees; losses are those of W under the measured curvature.
+    def fit_seen(self, site: Site, recipe: Recipe, seen: Problem) -> Fit:
+        """The fit to what rounding sees; losses are those of W under the measured curvature."""
+        return fit_layer(
+            seen, recipe, seed=self.seed, layer=site.name, site=site.input_site,
+            reported=self.problem(site),
+        )  # fmt: skip
 
-        `other` says that `seen` is not that problem itself.
-        """
-        fit = fit_layer(seen, recipe, seed=self.seed, layer=site.name, site=site.input_site)
-        if not other:
-            return fit
-        problem = self.curvatures.problem(site, W)
-        loss = problem.loss(fit.layer.decode())
-        return replace(fit, loss=loss, relative_loss=problem.share(loss))
+    def problem(self, site: Site) -> Problem:
+        """W of a site under the measured curvature."""
+        return self._problems(site)[0]
+
+    @cached_property
+    def _problems(self) -> Callable[[Site], tuple[Problem, Problem]]:
+        """What losses are of, and what rounding sees; options of one layer come one by one."""
+
+        def make(site: Site) -> tuple[Problem, Problem]:
+            W = self.weight(site)
+            problem = self.curvatures.problem(site, W)
+            return problem, self.curvatures.seen(site, W) if self.curvatures.smooths else problem
+
+        return lru_cache(maxsize=LAYERS_KEPT)(make)
 
     def weight(self, site: Site) -> Tensor:
         """W (m, n) of a site, float32, where the work is done."""

@@ -127,7 +127,7 @@ class InOrder:
             seen = self.fitter.curvatures.seen(site, target)
             if hessian is not None:
                 seen = Problem(target, hessian, site.name)
-            return self.fitter.fit_seen(site, self.recipes[site.name], W, seen), blend
+            return self.fitter.fit_seen(site, self.recipes[site.name], seen), blend
 
         missing = [site for site in sites if site.name not in run.done()]
         for site, (fit, blend) in side_by_side(work, missing, self.workers):
