@@ -18,7 +18,7 @@ from convex_caldera.report.read import read_run
 from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.measuring import measure_directory
 
-FILES = ("spectra.json", "measured.json")
+FILES = ("spectra.json", "measured.json", "landscape.json")
 WINDOW, TOKENS = 64, 256
 
 
@@ -44,6 +44,17 @@ def test_measured_directory_verifies_and_is_read(measured):
     assert {row.name for row in run.layers if row.measured_kl is not None} == names
     assert run.measured.tokens <= TOKENS
     assert run.measured.text == "held-out.txt"
+    worst = max((row for row in run.layers), key=lambda row: row.measured_kl or 0.0)
+    assert worst.name in run.landscape.title
+
+
+def test_landscape_costs_more_bits_for_less_error(measured):
+    directory, _ = measured
+    land = read_run(directory).landscape
+    assert land.ranks[0] == 0 and len(land.error) == len(land.ranks)
+    for errors, bits in zip(land.error, land.stored_bits, strict=True):
+        assert list(bits) == sorted(set(bits))
+        assert errors[0] > errors[-1] > 0
 
 
 def test_measuring_again_gives_the_same_bytes(measured, held_out, text):

@@ -34,7 +34,7 @@ def measure(
     ] = None,
     json: opt.Json = None,
 ) -> None:
-    """Add singular spectra and the measured KL of every layer alone, for `report` to show."""
+    """Add spectra, the KL of every layer alone and error by rank and bits, for `report`."""
     from convex_caldera.workflow.measuring import measure_directory
     from convex_caldera.workflow.progress import shown
 

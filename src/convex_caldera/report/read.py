@@ -2,7 +2,7 @@
 
 A directory offers `convex_caldera/{report,provenance,manifest}.json` and `recipe.toml`; methods
 with a plan also `certificate.json`. Three optional measurements, in that folder (where
-`convex-caldera measure` writes the first two) or beside it:
+`convex-caldera measure` writes them) or beside it:
 
     spectra.json    {"schema": 1, "spectra": {layer: {"weight": [...], "whitened": [...],
                      "residual": [...], "index": [...], "ranks": [...], "loss_left": [...]}}}

@@ -1,6 +1,6 @@
-"""Measure a compressed directory for its report: spectra, and the KL of each layer alone.
+"""Measure a compressed directory for its report: spectra, KL of each layer alone, a landscape.
 
-Both need the original and take time, so they are no part of a compression. They are added to the
+All need the original and take time, so they are no part of a compression. They are added to the
 directory as files of its manifest, and nothing that was there changes: the weights, the
 certificate and what `verify` says stay as they are.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from convex_caldera.calibrate.text import read_text
 from convex_caldera.errors import ModelError, RecipeError
 from convex_caldera.evaluate.table import plain_table
 from convex_caldera.models.architectures import reads_images
+from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.models.original import load_original
 from convex_caldera.models.resolve import resolve_model
 from convex_caldera.models.sites import Site
@@ -31,9 +32,11 @@ from convex_caldera.storage.manifest import FOLDER, add_file
 from convex_caldera.storage.read import Container, open_container
 from convex_caldera.workflow.collecting import gather
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
+from convex_caldera.workflow.curvatures import Curvatures
 from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.evaluating import Meter
 from convex_caldera.workflow.fitting import side_by_side
+from convex_caldera.workflow.landscape import layer_landscape
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.progress import Progress, Silent
 from convex_caldera.workflow.settings import Settings, read_settings
@@ -41,7 +44,7 @@ from convex_caldera.workflow.single_layers import kl_of_single_layers
 from convex_caldera.workflow.spectra import layer_spectra
 
 SCHEMA = 1
-SPECTRA, MEASURED = "spectra.json", "measured.json"
+SPECTRA, MEASURED, LANDSCAPE = "spectra.json", "measured.json", "landscape.json"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class Measurement:
     directory: str
     spectra: dict[str, Any]
     measured: dict[str, Any]
+    landscape: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"output": self.directory, **self.spectra, **self.measured}
+        return {"output": self.directory, **self.spectra, **self.measured, **self.landscape}
 
     def text(self) -> str:
         found = self.measured["measured"]
@@ -62,7 +66,8 @@ class Measurement:
         rows.append(("all layers at once", f"{found['total_kl']:.6f}"))
         table = plain_table(("layer", "KL, nats per token"), rows)
         folder = f"{self.directory}/{FOLDER}"
-        return f"{table}\n\n{SPECTRA} and {MEASURED} are in {folder}; `report` shows them"
+        names = f"{SPECTRA}, {MEASURED} and {LANDSCAPE}"
+        return f"{table}\n\n{names} are in {folder}; `report` shows them"
 
 
 def measure_directory(
@@ -77,10 +82,10 @@ def measure_directory(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> Measurement:
-    """Write spectra.json and measured.json into an output directory of `compress`.
+    """Write spectra.json, measured.json and landscape.json into an output of `compress`.
 
     Args:
-        directory: altered by these two files and their lines in the manifest alone.
+        directory: altered by these files and their lines in the manifest alone.
         model: the original; the one that the directory names unless given.
         dataset: calibration text, likewise.
         text: held-out text of the KL.
@@ -93,19 +98,16 @@ def measure_directory(
         ModelError: no such original, or not the one that was compressed.
         DataError, RecipeError, ResumeError, NumericalError: as `compress` and `eval`.
 
-    Cost: the calibration pass, three eigenvalue problems and one forward pass per layer.
+    Cost: the calibration pass, three eigenvalue problems and one forward pass per layer; and
+    `layer_landscape` of the layer that costs most alone.
     """
     directory, progress = Path(directory), progress or Silent()
+    workers = workers or os.cpu_count() or 1
     container = open_container(directory)
     settings = read_settings(directory / FOLDER / "recipe.toml", model=model, dataset=dataset)
     path, device = resolve_model(settings.model), usable_device(settings.device)
     skeleton = Skeleton(path, computing_dtype(settings), device)
     sites = _sites(container, skeleton)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = hessians or Path(temporary)
-        spectra = _spectra(
-            container, skeleton, sites, settings, folder, progress, workers or os.cpu_count() or 1
-        )
     measured = kl_of_single_layers(
         load_original(path, skeleton.dtype, str(device)),
         {site.name: _decoded(container, site.name) for site in sites},
@@ -116,12 +118,20 @@ def measure_directory(
         max_tokens=max_tokens,
         progress=Meter(progress),
     )
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs = _inputs(skeleton, sites, settings, hessians or Path(temporary), progress)
+        spectra = _spectra(container, skeleton, sites, inputs, progress, workers)
+        landscape = _landscape(
+            skeleton, sites, inputs, measured["layers"], settings.seed, progress, workers
+        )
     result = Measurement(
         str(directory),
         {"schema": SCHEMA, "spectra": spectra},
         {"schema": SCHEMA, "measured": {"text": _shown(text), **measured}},
+        {"schema": SCHEMA, "landscape": landscape},
     )
-    for name, record in ((SPECTRA, result.spectra), (MEASURED, result.measured)):
+    written = {SPECTRA: result.spectra, MEASURED: result.measured, LANDSCAPE: result.landscape}
+    for name, record in written.items():
         add_file(directory, f"{FOLDER}/{name}", [json.dumps(record, indent=1).encode() + b"\n"])
     return result
 
@@ -144,18 +154,23 @@ def _sites(container: Container, skeleton: Skeleton) -> list[Site]:
     return sites
 
 
+def _inputs(
+    skeleton: Skeleton, sites: list[Site], settings: Settings, folder: Path, progress: Progress
+) -> Curvatures:
+    """Second moments of what the layers read, collected into the folder or read from there."""
+    tokens = calibration_tokens(settings, skeleton)
+    layers = gather("input", skeleton, sites, tokens, folder, settings.seed, progress)
+    return with_embeddings(layers, skeleton, sites, tokens, folder, progress)
+
+
 def _spectra(
     container: Container,
     skeleton: Skeleton,
     sites: list[Site],
-    settings: Settings,
-    folder: Path,
+    inputs: Curvatures,
     progress: Progress,
     workers: int,
 ) -> dict[str, Any]:
-    tokens = calibration_tokens(settings, skeleton)
-    layers = gather("input", skeleton, sites, tokens, folder, settings.seed, progress)
-    inputs = with_embeddings(layers, skeleton, sites, tokens, folder, progress)
     progress.start("spectra", len(sites))
 
     def work(site: Site) -> dict[str, Any]:
@@ -168,6 +183,28 @@ def _spectra(
         found[site.name] = spectra
         progress.advance(site.name)
     return dict(sorted(found.items()))
+
+
+def _landscape(
+    skeleton: Skeleton,
+    sites: list[Site],
+    inputs: Curvatures,
+    measured: Mapping[str, Mapping[str, float]],
+    seed: int,
+    progress: Progress,
+    workers: int,
+) -> dict[str, Any]:
+    """Error over rank and bits of the linear layer that costs most alone."""
+    progress.start("landscape", 1)
+    linear = [site for site in sites if not isinstance(site, EmbeddingSite)] or sites
+    site = max(linear, key=lambda site: measured[site.name]["kl"])
+    W = skeleton.tensor(f"{site.name}.weight").float()
+    problem = inputs.problem(site, W.to(skeleton.device))
+    found = layer_landscape(
+        problem, seed=seed, layer=site.name, site=site.input_site, workers=workers
+    )
+    progress.advance(site.name)
+    return found
 
 
 def _image_layers(skeleton: Skeleton) -> set[str]:
