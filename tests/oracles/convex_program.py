@@ -85,8 +85,13 @@ def saturated(H: np.ndarray, most: float) -> np.ndarray:
     return most * np.linalg.solve(H + most * np.eye(len(H)), H)
 
 
-def solve_by_cone(instance: Instance, solver: str = "CLARABEL", **options: Any) -> dict[str, Any]:
+def solve_by_cone(
+    instance: Instance, solver: str = "CLARABEL", *, scaled: bool = True, **options: Any
+) -> dict[str, Any]:
     """Objective, price, bits, multipliers s and low-rank matrices by a general conic solver.
+
+    `scaled` states it with q in units of what the middle of the box costs, and the objective in
+    units of W's energy: cones of many orders of magnitude are where such solvers give up.
 
     `stationarity` and `violation` are the solver's own relative errors: of
     (lam - kappa s) c k e^{-k b} = nu p over groups whose bits are inside their box, and of the
@@ -95,19 +100,24 @@ def solve_by_cone(instance: Instance, solver: str = "CLARABEL", **options: Any) 
     import cvxpy as cp
 
     groups = len(instance.W)
-    bits, q = cp.Variable(groups), cp.Variable(groups)
+    middle = 0.5 * (instance.b_min + instance.b_max) if scaled else np.zeros(groups)
+    unit = instance.c * np.exp(-instance.k * middle)
+    energy = (0.5 * ((W @ H) * W).sum() for W, H in zip(instance.W, instance.H, strict=True))
+    whole = float(sum(energy)) if scaled else 1.0
+    bits, u = cp.Variable(groups), cp.Variable(groups)
     objective, rows, low_rank, energies = 0, [], [], []
     for g, (W, H) in enumerate(zip(instance.W, instance.H, strict=True)):
         C = np.linalg.cholesky(H)
         Z, R = cp.Variable(W.shape), cp.Variable(W.shape)
         low_rank.append(Z)
-        objective += 0.5 * cp.sum_squares((W - Z - R) @ C) + instance.lam[g] * q[g]
+        objective += 0.5 / whole * cp.sum_squares((W - Z - R) @ C)
+        objective += instance.lam[g] * unit[g] / whole * u[g]
         if instance.mu is not None:
-            objective += instance.mu[g] * cp.normNuc(Z)
+            objective += instance.mu[g] / whole * cp.normNuc(Z)
         else:
             rows.append(cp.normNuc(Z) <= instance.tau[g])
-        decayed = (-instance.k[g] * bits[g], cp.Constant(1.0), q[g] / instance.c[g])
-        energies.append(cp.sum_squares(R) <= instance.kappa[g] * q[g])
+        decayed = (-instance.k[g] * (bits[g] - middle[g]), cp.Constant(1.0), u[g])
+        energies.append(cp.sum_squares(R) / (instance.kappa[g] * unit[g]) <= u[g])
         rows += [energies[g], cp.ExpCone(*decayed)]
     # Scaled so that the row is of order one.
     budget = instance.p @ bits / instance.p.sum() <= instance.budget / instance.p.sum()
@@ -116,15 +126,16 @@ def solve_by_cone(instance: Instance, solver: str = "CLARABEL", **options: Any) 
     if solver == "CLARABEL" and not options:
         options = {"tol_gap_rel": 1e-10, "tol_gap_abs": 1e-10, "tol_feas": 1e-10}
     problem.solve(solver=solver, **options)
-    price, b = float(budget.dual_value) / instance.p.sum(), np.asarray(bits.value)
+    price, b = whole * float(budget.dual_value) / instance.p.sum(), np.asarray(bits.value)
     s = np.array([np.ravel(row.dual_value)[0] for row in energies])
+    s = s * whole / (instance.kappa * unit)
     decay = instance.c * np.exp(-instance.k * b)
     pull, push = (instance.lam - instance.kappa * s) * instance.k * decay, price * instance.p
     inside = (b > instance.b_min + BOX_MARGIN) & (b < instance.b_max - BOX_MARGIN)
-    over = [instance.p @ b / instance.budget - 1.0, *(1.0 - np.asarray(q.value) / decay)]
+    over = [instance.p @ b / instance.budget - 1.0, *(1.0 - np.asarray(u.value) * unit / decay)]
     return {
         "status": problem.status,
-        "objective": float(problem.value),
+        "objective": whole * float(problem.value),
         "price": price,
         "bits": b,
         "multipliers": s,
