@@ -268,5 +268,5 @@ def search(
     def job(i: int) -> None:
         _search_chain(x[i], steps, code.state_bits, words, unit, offset, survivors, out[i])
 
-    run_jobs(job, len(x))
+    run_jobs(job, len(x), x.shape[1] * survivors << int(steps.max()))
     return out

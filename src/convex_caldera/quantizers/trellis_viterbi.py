@@ -29,9 +29,9 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from convex_caldera.quantizers.search_threads import search_threads
 from convex_caldera.quantizers.trellis_simd import (
     LANES,
     load,
@@ -45,6 +45,7 @@ from convex_caldera.quantizers.trellis_simd import (
 CUT_REACH = 8  # weights on each side of the cut that pass 1 looks at, for each bit of state
 SETTLE_REACH = 20  # weights after which a chained symbol is settled, for each bit of state
 FORBIDDEN = np.float32(1e9)  # cost of an edge in which a tile may not start
+HANDED_OVER = 1 << 24  # branch metrics that are worth another thread
 RENORMALIZE = 32  # steps after which the least cost of each lane is set to 0
 
 
@@ -240,14 +241,13 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="trellis")
 
 
-def run_jobs(job: Callable[[int], None], count: int) -> None:
-    """job(0) .. job(count - 1), on as many threads as torch may use here.
+def run_jobs(job: Callable[[int], None], count: int, metrics: int) -> None:
+    """job(0) .. job(count - 1), on as many threads as `search_threads` allows.
 
-    That is one where layers are fitted side by side: handing a wave of tiles to other threads,
-    which are as busy, costs more than searching it.
+    `metrics` are the branch metrics of one job: handing over a small one takes longer than it.
     """
-    threads = torch.get_num_threads()
-    if min(threads, count) < 2:
+    threads = search_threads()
+    if min(threads, count) < 2 or metrics < HANDED_OVER:
         for i in range(count):
             job(i)
     else:
@@ -291,5 +291,5 @@ def search(
             _tail_biting(lanes, steps, reach, levels, state_bits, scratch, symbols)
         out[members] = symbols[:, : members.stop - members.start].T
 
-    run_jobs(job, -(-count // LANES))
+    run_jobs(job, -(-count // LANES), LANES * size << state_bits)
     return out

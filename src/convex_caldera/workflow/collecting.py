@@ -29,6 +29,7 @@ from convex_caldera.calibrate.saved_curvature import (
 )
 from convex_caldera.calibrate.text import fingerprint
 from convex_caldera.errors import NumericalError, RecipeError
+from convex_caldera.finetune.memory import keep_freed_memory
 from convex_caldera.models.embeddings import without_embeddings
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
@@ -101,6 +102,7 @@ def _from_gradients(
     progress: Progress,
     options: GradientOptions,
 ) -> GradientCurvatures:
+    keep_freed_memory()  # every window's arrays are those of the window before
     model = load_original(skeleton.path, skeleton.dtype, str(skeleton.device))
     _check_finite(model)
     count = max(1, round(len(tokens) * (1 - HELD_OUT)))

@@ -16,6 +16,7 @@ from convex_caldera.core.recipe import Recipe
 from convex_caldera.fit.backfit import Fit, fit_layer
 from convex_caldera.models.sites import Site
 from convex_caldera.models.skeleton import Skeleton
+from convex_caldera.quantizers.search_threads import use_search_threads
 from convex_caldera.recipes.records import to_record
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.code_rates import code_rates
@@ -121,18 +122,22 @@ def fit_missing(
 def side_by_side(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[T, R]]:
     """(item, work(item)) as they finish, `workers` at a time, torch on one thread in each.
 
-    One thread gives the same sums whatever the number of workers. The number is a property of
+    One thread gives the same sums whatever the number of workers; searches, which give the same
+    codes on any number, share what torch had. The number is a property of
     the calling thread, but the mathematics library below keeps one for the whole process: the
     caller's is set again at the end, so that what follows does not depend on who finished last.
     After an error or an interruption nothing new is begun.
     """
     before = torch.get_num_threads()
 
+    together = max(1, min(workers, len(items)))
+
     def alone(item: T) -> R:
         torch.set_num_threads(1)
+        use_search_threads(before // together)
         return work(item)
 
-    with ThreadPoolExecutor(max(1, min(workers, len(items)))) as pool:
+    with ThreadPoolExecutor(together) as pool:
         futures = {pool.submit(alone, item): item for item in items}
         try:
             for future in as_completed(futures):
