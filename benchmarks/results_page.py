@@ -78,12 +78,13 @@ def quality_row(
     method: str, budget: float, models: list[str], found: dict[str, dict[str, Any]]
 ) -> list[str]:
     bits = {round(row["bits_per_compressed_weight"], 3) for row in found.values() if "kl" in row}
-    least, most = (min(bits), max(bits)) if bits else (0, 0)
-    cells = [method, f"{least:.3f}" if least == most else f"{least:.3f} to {most:.3f}"]
+    spread = [f"{end:.3f}" for end in sorted({min(bits), max(bits)})] if bits else ["-"]
+    cells = [method, " to ".join(spread)]
     for model in models:
         row = found.get(model, {})
         if "kl" not in row:
-            cells += ["-", "-"]
+            infeasible = row.get("error", "").startswith("InfeasibleBudgetError")
+            cells += ["infeasible" if infeasible else "-", "-"]
         else:
             cells += [f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}"]
             cells += [f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}"]
