@@ -45,6 +45,13 @@ def test_vid_names_layers_and_patch() -> None:
         _ = NervArguments(vid="x0_512").layers
 
 
+def test_lists_may_have_spaces_and_no_quotes_as_in_the_mission() -> None:
+    as_a_shell_splits = [NERV[0], "--conv_type=[convnext,", "quantpshuffle]", *NERV[2:]]
+    arguments = parse_flags(NervArguments, as_a_shell_splits)
+    assert arguments.layers == parse_flags(NervArguments, NERV).layers
+    assert arguments.neural((96, 96)) == parse_flags(NervArguments, NERV).neural((96, 96))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -178,10 +178,13 @@ class NervArguments:
 
 
 def parse_flags(kind: type, argv: Sequence[str]) -> Any:
-    """An instance of `kind` from "--flag=value" or "--flag value"; RecipeError otherwise."""
+    """An instance of `kind` from "--flag=value" or "--flag value"; RecipeError otherwise.
+
+    A list may have spaces, as the mission's command writes it without quotes.
+    """
     known = {field.name: str(field.type) for field in fields(kind)}
     values: dict[str, Any] = {}
-    rest = list(argv)
+    rest = _joined_lists(argv)
     while rest:
         flag = rest.pop(0)
         name, equals, value = flag.removeprefix("--").partition("=")
@@ -195,6 +198,17 @@ def parse_flags(kind: type, argv: Sequence[str]) -> Any:
             raise RecipeError(f"flag --{name} is given twice")
         values[name] = _typed(name, value, known[name])
     return kind(**values)
+
+
+def _joined_lists(argv: Sequence[str]) -> list[str]:
+    """The arguments, those that a shell made of one [list, with spaces] joined again."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1].count("[") > joined[-1].count("]"):
+            joined[-1] += argument
+        else:
+            joined.append(argument)
+    return joined
 
 
 def compress_as(settings: dict[str, Any], results_path: str) -> Any:
