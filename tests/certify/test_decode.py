@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from convex_caldera.certify.decode_table import QUANTIZERS, TRANSFORMS
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import FormatError
 from convex_caldera.linalg.hadamard import base_order, rotate
-from convex_caldera.quantizers import Uniform
+from convex_caldera.quantizers import Trellis, Uniform
 from convex_caldera.recipes.records import to_record
 from convex_caldera.storage.shard import NAMES
 from convex_caldera.transforms.diagonal import Diagonal
@@ -86,6 +87,16 @@ def test_quantizer_refuses_spare_bits_or_keeps_every_bit(quantizer):
                 continue
             found = known.decode(record, (5, 11), {**tensors, "codes": changed})
             assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("sixteenths", [16, 17, 31, 59, 100, 127, 128])
+def test_trellis_tiles_of_every_size_take_the_same_bytes(sixteenths):
+    """Bits of a short tile are rounded down to whole bits, then up to whole bytes."""
+    quantizer = Trellis(sixteenths / 16, 12)
+    for shape in itertools.product((1, 3, 16, 18), range(1, 34)):
+        expected = quantizer.layout(shape)["codes"][1]
+        found = QUANTIZERS["trellis"].layout(to_record(quantizer), shape)["codes"][1]
+        assert found == expected, shape
 
 
 def test_checker_knows_every_kind_and_every_option():

@@ -80,7 +80,7 @@ def layout(record: Record, shape: Shape) -> Layout:
     rate = _sixteenths(record)
     heights, widths = _cuts(shape[0]), _cuts(shape[1])
     total = sum(
-        rows * columns * -(-h * w * rate // 128) for h, rows in heights for w, columns in widths
+        rows * columns * _tile_bytes(h * w, rate) for h, rows in heights for w, columns in widths
     )
     tensors: Layout = {"codes": ("U8", (total,)), "scale": ("F32", (1,))}
     if record["row_scales"]:
@@ -118,6 +118,11 @@ def _sixteenths(record: Record) -> int:
     return int(rate)
 
 
+def _tile_bytes(weights: int, rate: int) -> int:
+    """Whole bytes of a stream of floor(T r / 16) bits."""
+    return -(-(weights * rate // 16) // 8)
+
+
 def _cuts(size: int) -> list[tuple[int, int]]:
     """(length, how many) of the full pieces and of the last short one."""
     pieces = [(TILE, size // TILE), (size % TILE, 1)]
@@ -132,7 +137,7 @@ def _columns(codes: Array, shape: Shape, rate: int) -> Iterator[tuple[int, int, 
     heights, widths = _cuts(shape[0]), _cuts(shape[1])
     at, by_width = 0, [list[Bits]() for _ in widths]
     for h, rows in heights:
-        sizes = [-(-h * w * rate // 128) for w, _ in widths]
+        sizes = [_tile_bytes(h * w, rate) for w, _ in widths]
         row_bytes = sum(size * count for size, (_, count) in zip(sizes, widths, strict=True))
         block = np.asarray(codes[at : at + rows * row_bytes]).reshape(rows, row_bytes)
         at, x = at + rows * row_bytes, 0
