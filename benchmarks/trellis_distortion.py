@@ -38,6 +38,11 @@ def cases() -> dict[str, Quantizer]:
     for bits in (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0):
         for state_bits in (12, 14, 16):
             found[f"weyl-{state_bits}-{bits:g}"] = Trellis(bits, state_bits, "weyl")
+    tables = ((8, 2.0), (10, 2.0), (12, 1.0), (12, 2.0), (12, 3.0), (12, 4.0))
+    for state_bits, bits in tables:
+        found[f"table-{state_bits}-{bits:g}"] = Trellis(bits, state_bits, "table")
+    for state_bits in (8, 10):
+        found[f"weyl-{state_bits}-2"] = Trellis(2.0, state_bits, "weyl")
     for bits in (1.0, 2.0, 3.0, 4.0):
         found[f"mul1-16-{bits:g}"] = Trellis(bits, 16, "mul1")
         found[f"3inst-16-{bits:g}"] = Trellis(bits, 16, "3inst")

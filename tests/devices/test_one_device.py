@@ -39,6 +39,7 @@ QUANTIZERS: list[Quantizer] = [
     Trellis(2.0, state_bits=6),
     Trellis(2.5, state_bits=6, chain=1, row_scales=True),
     Trellis(2.0, state_bits=20, chain=2, encoder="beam", survivors=16),
+    Trellis(2.0, state_bits=6, code="table"),
 ]
 
 

@@ -32,6 +32,7 @@ BUILDS: dict[str, Recipe] = {
         (Quantize(Trellis(2.0, 6, row_scales=True), "identity"),),
         transforms=(RandomizedHadamard(),),
     ),
+    "trained trellis": Recipe((Quantize(Trellis(2.0, 6, "table"), "identity"),)),
     "strips": Recipe(
         (
             Quantize(

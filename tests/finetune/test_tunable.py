@@ -99,7 +99,10 @@ def test_gradients_of_factors_are_those_of_the_dense_weight(name: str, cached: b
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [*((name, "scales") for name in BUILDS), ("strips", "codebooks"), ("levels", "codebooks")],
+    [
+        *((name, "scales") for name in BUILDS),
+        *((name, "codebooks") for name in ("strips", "levels", "trained trellis")),
+    ],
 )
 def test_scales_and_codebooks_get_the_gradient_of_the_weight(name: str, part: str) -> None:
     layer, x = tunable(name, part), inputs()

@@ -128,6 +128,8 @@ def layout(record, shape):
         fields = {"scale": ("F32", (1,)), "codes": ("U8", (size,))}
         if record["code"] == "weyl":
             fields["multiplier"] = ("U32", (1,))
+        if record["code"] == "table":
+            fields["levels"] = ("F16", (1 << record["state_bits"],))
         return fields | ({"row_scale": ("F16", (m,))} if record["row_scales"] else {})
     if kind == "scale":
         return {"scale": ("F16", (n,))}
@@ -275,7 +277,10 @@ def trellis(record, shape, tensors):
         window = ends[:, None] + np.arange(-L, 0)
         states = (bits[window % len(bits)].astype(np.int64) << np.arange(L)[::-1]).sum(1)
         word = int(tensors["multiplier"][0]) if record["code"] == "weyl" else 0
-        values = [level(record["code"], int(s), word) for s in states]
+        if record["code"] == "table":
+            values = tensors["levels"].astype(np.float32)[states]
+        else:
+            values = [level(record["code"], int(s), word) for s in states]
         W[16 * i : 16 * i + h, 16 * j : 16 * j + d] = np.reshape(values, (h, d))
     rows = tensors.get("row_scale", np.ones(m)).astype(np.float32)
     return tensors["scale"][0] * rows[:, None] * W

@@ -31,6 +31,8 @@ KINDS = [
     Trellis(bits=2.0, state_bits=24, chain=3, encoder="beam", survivors=64),
     Trellis(bits=3.5, state_bits=20, chain=2, encoder="beam", survivors=40, code="mul2"),
     Trellis(bits=2.0, state_bits=12, code="weyl"),
+    Trellis(bits=2.0, state_bits=7, code="table"),
+    Trellis(bits=1.5, state_bits=6, code="table", chain=2, row_scales=True),
     Trellis(bits=1.5, state_bits=24, chain=2, encoder="beam", survivors=50, code="weyl"),
 ]
 
@@ -84,7 +86,10 @@ def decode_literally(fitted: FittedTrellis, codes: torch.Tensor) -> np.ndarray:
             for t in range(h * d):
                 end = len(before) + (t + 1) * r // 16
                 state = int(stream[end - L : end], 2)
-                level = np.float32(literal_level(q.code, state, fitted.code.multiplier))
+                if q.code == "table":
+                    level = np.float32(fitted.tensors()["levels"][state])
+                else:
+                    level = np.float32(literal_level(q.code, state, fitted.code.multiplier))
                 row_scale = scales[i + t // d if len(scales) > 1 else 0, 0]
                 out[i + t // d, j + t % d] = row_scale * level
             before = stream
@@ -325,6 +330,8 @@ def test_trellis_refuses_bad_recipes() -> None:
         {"bits": 8.0, "state_bits": 8},
         {"encoder": "beam"},
         {"encoder": "beam", "chain": 4, "code": "3inst"},
+        {"encoder": "beam", "chain": 4, "code": "table", "state_bits": 12},
+        {"code": "table", "state_bits": 13},
         {"encoder": "greedy"},
         {"encoder": "beam", "chain": 4, "survivors": 0},
     ):

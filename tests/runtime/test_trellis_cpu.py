@@ -27,6 +27,8 @@ QUANTIZERS = {
     "3inst": Trellis(2.5, 14, "3inst"),
     "3inst, chained": Trellis(1.0625, 16, "3inst", 2),
     "mcg": Trellis(3.0625, 16, "mcg", row_scales=True),
+    "table": Trellis(2.0, 8, "table"),
+    "table, chained": Trellis(5.5, 10, "table", 2),
 }
 
 
@@ -87,6 +89,7 @@ WIDE = [
     (Trellis(1.0, 16, "mul1"), 1),
     (Trellis(8.0, 20, "mul2", 2, "beam", row_scales=True), 1),
     (Trellis(2.5, 14, "3inst", 3), 1),
+    (Trellis(2.0, 8, "table"), 1),
 ]
 
 

@@ -36,7 +36,7 @@ QUANTIZERS = [
     *(Minifloat(b, x, 8) for b, x in ((4, 2), (6, 3), (3, 1))),
     *(E8P(b) for b in (2, 3, 4)),
     *(E8P(b, joint_scale=False) for b in (3, 4)),
-    *(Trellis(2.0, 6, code) for code in ("mul1", "mul2", "1mad", "3inst", "mcg")),
+    *(Trellis(2.0, 6, code) for code in ("mul1", "mul2", "1mad", "3inst", "mcg", "table")),
     Trellis(1.5, 7, chain=2, row_scales=True),
     Trellis(2.0, 8, "weyl"),
 ]

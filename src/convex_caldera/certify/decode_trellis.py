@@ -11,7 +11,7 @@ Levels, all arithmetic modulo 2^32: with x = M s (weyl, M the tensor `multiplier
 quantile of ((x >> 22) + 1/2) / 1024 in multiples of 2^-12; with x = 0x83DCD12D s (mul1), x hashed
 once more (mul2), or x = 34038481 s + 76625530 (1mad), the sum of the four bytes of x less 510;
 with x = 89226354 s + 64248484 (3inst) or 0xCBAC1FED s (mcg), the sum of both halves of
-(x & 0x8FFF8FFF) ^ 0x3B603B60 read as half-precision numbers.
+(x & 0x8FFF8FFF) ^ 0x3B603B60 read as half-precision numbers. A table is the tensor `levels`.
 
 Source: Tseng et al., QTIP, arXiv 2406.11235; docs/format.md is normative.
 """
@@ -41,6 +41,7 @@ from convex_caldera.certify.codec import (
 from convex_caldera.errors import FormatError
 
 TILE = 16
+LONGEST_TABLE = 12  # state bits of the code "table"
 Bits = NDArray[np.uint8]
 States = NDArray[np.uint32]
 
@@ -52,7 +53,7 @@ def _quantiles() -> NDArray[np.float32]:
 
 
 def levels(code: str, states: States, multiplier: int = 0) -> NDArray[np.float32]:
-    """Level of every state; `multiplier` is M of weyl."""
+    """Level of every state by a formula; `multiplier` is M of weyl."""
     s = states.astype(np.uint32)
     if code == "weyl":
         return _quantiles()[s * np.uint32(multiplier) >> np.uint32(22)]
@@ -87,6 +88,8 @@ def layout(record: Record, shape: Shape) -> Layout:
         tensors["row_scale"] = ("F16", (shape[0],))
     if record["code"] == "weyl":
         tensors["multiplier"] = ("U32", (1,))
+    if record["code"] == "table":
+        tensors["levels"] = ("F16", (1 << record["state_bits"],))
     return tensors
 
 
@@ -103,16 +106,23 @@ def decode(record: Record, shape: Shape, tensors: Mapping[str, Array]) -> NDArra
     scale = finite(tensors["scale"], "scale").astype(np.float32)
     if record["row_scales"]:
         scale = scale * finite(tensors["row_scale"], "row_scale").astype(np.float32)
-    word = int(tensors["multiplier"][0]) if record["code"] == "weyl" else 0
-    values: NDArray[np.float32] = scale[:, None] * levels(record["code"], states, word)
+    if record["code"] == "table":
+        level = finite(tensors["levels"], "levels").astype(np.float32)[states]
+    else:
+        word = int(tensors["multiplier"][0]) if record["code"] == "weyl" else 0
+        level = levels(record["code"], states, word)
+    values: NDArray[np.float32] = scale[:, None] * level
     return values
 
 
 def _sixteenths(record: Record) -> int:
     """r, bits of sixteen weights."""
     rate = record["bits"] * 16
-    beam = record["encoder"] == "beam"
+    beam, stored = record["encoder"] == "beam", record["code"] == "table"
     least, most = math.ceil(record["bits"]) + 1, 28 if beam else 16
+    most = LONGEST_TABLE if stored else most
+    if beam and stored:
+        raise FormatError("a trellis with a table of levels is not searched by a beam")
     if rate != int(rate) or not least <= record["state_bits"] <= most:
         raise FormatError(f"a trellis of {record['bits']} bits, {record['state_bits']} of state")
     return int(rate)
@@ -203,7 +213,7 @@ FORMAT = QuantizerFormat(
     {
         "bits": real(1, 8),
         "state_bits": integer(2, 28),
-        "code": one_of("weyl", "mul1", "mul2", "1mad", "3inst", "mcg"),
+        "code": one_of("weyl", "mul1", "mul2", "1mad", "3inst", "mcg", "table"),
         "chain": integer(0),
         "encoder": one_of("viterbi", "beam"),
         "survivors": integer(1),

@@ -37,6 +37,7 @@ from convex_caldera.quantizers.groups import (
 )
 from convex_caldera.quantizers.trellis_codes import (
     BYTE_SUM_CODES,
+    MAX_STORED_BITS,
     Code,
     CodeName,
     best_spread,
@@ -59,7 +60,7 @@ class Trellis:
     Args:
         bits: 1 to 8 in steps of 1/16; fractional rates alternate between integer ones.
         state_bits: L, the memory.
-        code: name of the level function in `trellis_codes`.
+        code: name of the level function in `trellis_codes`; "table" stores 2^L trained levels.
         chain: 0 for tail-biting tiles, c > 0 for streams over c tile rows of a column block.
         encoder: "viterbi" (exact, L <= 16) or "beam" (any L up to 28, chained).
         survivors: paths that the beam keeps; more is better and slower.
@@ -87,10 +88,12 @@ class Trellis:
             raise RecipeError(f"encoder is viterbi or beam, got {self.encoder!r}")
         beam = self.encoder == "beam"
         least, most = math.ceil(self.bits) + 1, MAX_STATE_BITS if beam else MAX_VITERBI_BITS
+        if self.code == "table":
+            most = MAX_STORED_BITS
         if not least <= self.state_bits <= most:
             raise RecipeError(
                 f"state_bits lies between {least} (more than the bits of a weight) and {most}"
-                f" for the {self.encoder} encoder, got {self.state_bits}"
+                f" for the {self.encoder} encoder and code {self.code}, got {self.state_bits}"
             )
         if beam and (self.chain == 0 or self.code not in BEAM_CODES):
             raise RecipeError(
@@ -123,7 +126,7 @@ class Trellis:
         rms = power.mean().sqrt()
         sigma = Code(self.code, self.state_bits).sigma
         scale = (gain * best_spread(self.bits) * rms / sigma).float().reshape(1)
-        rows = multiplier = None
+        rows = multiplier = levels = None
         if self.row_scales:
             ratio = power.mean(dim=1).sqrt() / rms if rms > 0 else W.new_ones(W.shape[0])
             rows = ratio.clamp(max=6e4).half()
@@ -131,10 +134,18 @@ class Trellis:
             multiplier = torch.tensor(
                 [designed_multiplier(self.state_bits, self.bits)], dtype=torch.uint32
             )
-        return FittedTrellis(self, (W.shape[0], W.shape[1]), scale, rows, multiplier)
+        if self.code == "table":
+            from convex_caldera.quantizers.trellis_table import trained_levels
+
+            trained = trained_levels(self.state_bits, self.sixteenths)
+            levels = torch.from_numpy(trained.copy()).to(W.device)
+        return FittedTrellis(self, (W.shape[0], W.shape[1]), scale, rows, multiplier, levels)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """A float32 scale, a float16 one a row if asked for, weyl's word, all tiles' streams."""
+        """A float32 scale, a float16 one a row if asked for, what the code stores, all streams.
+
+        That is weyl's word, or 2^L float16 levels of a table.
+        """
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "scale": (torch.float32, (1,)),
             "codes": (torch.uint8, (Tiling(shape, self.sixteenths).packed_bytes,)),
@@ -143,17 +154,21 @@ class Trellis:
             layout["row_scale"] = (torch.float16, (shape[0],))
         if self.code == "weyl":
             layout["multiplier"] = (torch.uint32, (1,))
+        if self.code == "table":
+            layout["levels"] = (torch.float16, (1 << self.state_bits,))
         return layout
 
     def restore(self, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FittedTrellis:
         given = dict(tensors)
         scale = checked_tensor(given, "scale", (1,), torch.float32)
-        rows = multiplier = None
+        rows = multiplier = levels = None
         if self.row_scales:
             rows = checked_tensor(given, "row_scale", (shape[0],), torch.float16)
         if self.code == "weyl":
             multiplier = checked_tensor(given, "multiplier", (1,), torch.uint32).cpu()
-        return FittedTrellis(self, shape, scale, rows, multiplier)
+        if self.code == "table":
+            levels = checked_tensor(given, "levels", (1 << self.state_bits,), torch.float16)
+        return FittedTrellis(self, shape, scale, rows, multiplier, levels)
 
 
 @final
@@ -162,6 +177,8 @@ class FittedTrellis:
     """A trellis with its scales. Codes are uint8 (tile rows, column blocks x tile bytes).
 
     The word `multiplier` stays on the CPU, where formulas are chosen; all else is where it was.
+    `levels` (2^L,) are those of a table, float16 but while they are fine-tuned: decoding is
+    differentiable in them as it is in the scales.
     On the CPU kernels are compiled (`trellis_viterbi`, `trellis_bits`), elsewhere plain torch
     does the same (`trellis_torch`). The beam runs on the CPU alone: targets go there, codes back.
     """
@@ -171,12 +188,16 @@ class FittedTrellis:
     scale: Tensor
     row_scale: Tensor | None
     multiplier: Tensor | None
+    levels: Tensor | None
 
     @cached_property
     def code(self) -> Code:
         """The level of every state."""
         word = 0 if self.multiplier is None else int(self.multiplier.long())
-        return Code(self.quantizer.code, self.quantizer.state_bits, word)
+        stored = b""
+        if self.levels is not None:
+            stored = self.levels.detach().half().cpu().numpy().astype("<f2").tobytes()
+        return Code(self.quantizer.code, self.quantizer.state_bits, word, stored)
 
     @property
     def row_block(self) -> int:
@@ -279,12 +300,17 @@ class FittedTrellis:
                 f" got {codes.dtype} {tuple(codes.shape)}"
             )
         shape = (m, min(blocks * TILE, n - start))
-        if codes.device.type == "cpu":
-            levels = torch.from_numpy(self.code.levels(self._states(codes.numpy(), shape)))
-        else:
+        table = None if self.levels is None else self.levels.to(codes.device).float()
+        if codes.device.type != "cpu":
             from convex_caldera.quantizers import trellis_torch
 
-            levels = trellis_torch.decode(codes, shape, q.sixteenths, self.code, q.chain)
+            levels = trellis_torch.decode(codes, shape, q.sixteenths, self.code, q.chain, table)
+        else:
+            states = self._states(codes.numpy(), shape)
+            if table is None:
+                levels = torch.from_numpy(self.code.levels(states))
+            else:
+                levels = table[torch.from_numpy(states.view(np.int32))]
         return self._scales.to(codes.device) * levels
 
     def _states(self, codes: NDArray[np.uint8], shape: tuple[int, int]) -> NDArray[np.uint32]:
@@ -308,7 +334,9 @@ class FittedTrellis:
         if first % self.row_block or (last % self.row_block and last != self.shape[0]):
             raise ShapeError(f"rows are coded in runs of {self.row_block}, got {rows}")
         rows_of = None if self.row_scale is None else self.row_scale[rows]
-        return FittedTrellis(self.quantizer, shape, self.scale, rows_of, self.multiplier)
+        return FittedTrellis(
+            self.quantizer, shape, self.scale, rows_of, self.multiplier, self.levels
+        )
 
     def pack(self, codes: Tensor) -> Tensor:
         flat = codes.reshape(-1)
@@ -347,5 +375,6 @@ class FittedTrellis:
             "scale": self.scale,
             "row_scale": self.row_scale,
             "multiplier": self.multiplier,
+            "levels": self.levels,
         }
         return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -12,6 +12,8 @@ arithmetic is on uint32, modulo 2^32:
     3inst   x = 89226354 s + 64248484;  x = (x & 0x8FFF8FFF) xor 0x3B603B60;  the sum of the
             upper and the lower half of x read as IEEE half precision
     mcg     as 3inst with x = 0xCBAC1FED s
+    table   entry s of 2^L float16 numbers that are stored with the matrix, L <= 12; ours are
+            trained by `trellis_table`
 
 `weyl` is not a hash: x / 2^32 is the fractional part of a sum of multiples of one number, one
 for each bit of the window (a Weyl sequence), chosen so that the 2^K levels that can follow a
@@ -39,7 +41,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-CodeName = Literal["weyl", "mul1", "mul2", "1mad", "3inst", "mcg"]
+CodeName = Literal["weyl", "mul1", "mul2", "1mad", "3inst", "mcg", "table"]
 
 # (multiplier, addend, xor-shift, second multiplier) of the byte-sum codes; shift 0 is no mixing
 BYTE_SUM_CODES = {
@@ -121,6 +123,7 @@ SPREADS = (0.892, 0.980, 1.012, 1.043, 1.053, 1.081, 1.097, 1.150, 1.230, 1.374)
 QUANTILE_BITS = 10
 MAX_DESIGNED_BITS = 28
 TABLE_STATE_BITS = 16  # longest state whose levels are tabulated for speed
+MAX_STORED_BITS = 12  # longest state whose levels may be stored: 8 KB, half a first-level cache
 
 
 def designed_multiplier(state_bits: int, bits: float) -> int:
@@ -140,16 +143,21 @@ def best_spread(bits: float) -> float:
 
 @dataclass(frozen=True)
 class Code:
-    """One code at one state length; `multiplier` is M of `weyl` and 0 for all others."""
+    """One code at one state length.
+
+    `multiplier` is M of `weyl` and 0 for all others; `stored` the levels of `table`, 2^L
+    little-endian float16 numbers, and empty for all others.
+    """
 
     name: str
     state_bits: int
     multiplier: int = 0
+    stored: bytes = b""
 
     @property
     def sigma(self) -> float:
-        """Standard deviation of the levels."""
-        if self.name == "weyl":
+        """Standard deviation of the levels, nearly; of `table` the unit that its levels are in."""
+        if self.name in ("weyl", "table"):
             return 1.0
         return BYTE_SUM_SIGMA if self.name in BYTE_SUM_CODES else HALVES_SIGMA
 
@@ -184,6 +192,8 @@ def _table(code: Code) -> NDArray[np.float32]:
 
 def computed_levels(code: Code, states: NDArray[np.uint32]) -> NDArray[np.float32]:
     """Levels of states, by the formulas above and exact in float32."""
+    if code.name == "table":
+        return np.frombuffer(code.stored, "<f2").astype(np.float32)[states]
     s = states.astype(np.uint32)
     if code.name == "weyl":
         x = s * np.uint32(code.multiplier)

@@ -176,9 +176,18 @@ def write_symbols(symbols: Tensor, steps: Steps, size: int) -> Tensor:
 
 
 def decode(
-    codes: Tensor, shape: tuple[int, int], sixteenths: int, code: Code, chain: int
+    codes: Tensor,
+    shape: tuple[int, int],
+    sixteenths: int,
+    code: Code,
+    chain: int,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    """Levels (m, d) float32 of codes (tile rows, blocks * tile bytes) of a matrix of `shape`."""
+    """Levels (m, d) float32 of codes (tile rows, blocks * tile bytes) of a matrix of `shape`.
+
+    `levels` (2^L,) float32 on codes' device, if given, are taken instead of the code's own; the
+    result is differentiable in them.
+    """
     (m, d), step = shape, 2 * sixteenths
     tiles = codes.view(len(codes), -1, step)
     tall, wide = m // TILE * TILE, d // TILE
@@ -195,7 +204,8 @@ def decode(
                 states = read_states(part, height, width, sixteenths, code.state_bits, chain)
                 states = states.reshape(-1, part.shape[1] * width)[: band.stop - band.start]
                 left = (blocks.start or 0) * TILE
-                out[band, left : left + states.shape[1]] = levels_of(states, code)
+                found = levels_of(states, code) if levels is None else levels[states]
+                out[band, left : left + states.shape[1]] = found
     return out
 
 
@@ -247,6 +257,8 @@ def levels_of(states: Tensor, code: Code) -> Tensor:
     if code.name == "weyl":
         x = (states * code.multiplier) & _LOW
         return _quantiles(states.device)[x >> (32 - trellis_codes.QUANTILE_BITS)]
+    if code.name == "table":
+        return torch.from_numpy(code.table().copy()).to(states.device)[states]
     if code.name in trellis_codes.BYTE_SUM_CODES:
         multiplier, addend, shift, second = trellis_codes.BYTE_SUM_CODES[code.name]
         x = (states * multiplier + addend) & _LOW

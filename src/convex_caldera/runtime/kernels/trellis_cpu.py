@@ -8,7 +8,8 @@ the end of the stream above in a chain. A tile's 256 levels take 1 KiB and are u
 
 sixteen columns in the lanes of one register, for up to `DIRECT_TOKENS` vectors x. For more a
 slice of rows is decoded and multiplied as a matrix. Levels are computed from the states by the
-formulas of `quantizers.trellis_codes`; only `weyl` has a table, of 4 KiB. Where the processor has
+formulas of `quantizers.trellis_codes`; `weyl` has a table of 4 KiB, `table` the one that is stored
+with the matrix, as float32 at most 16 KiB. Where the processor has
 the instructions and tiles are whole, `trellis_wide` does the same in a third of the time.
 """
 
@@ -59,7 +60,7 @@ from convex_caldera.runtime.kernels.trellis_lanes import (
     windows_by_eight,
     windows_by_four,
 )
-from convex_caldera.runtime.kernels.trellis_wide import BYTE_SUMS, HALF_SUMS, WEYL, lines
+from convex_caldera.runtime.kernels.trellis_wide import BYTE_SUMS, HALF_SUMS, STORED, WEYL, lines
 
 DIRECT_TOKENS = 4  # beyond it a matrix product of decoded slices is faster
 _PREFIX = 32  # bits before a tile that its first windows may see; L <= 28
@@ -98,13 +99,13 @@ def multiply(fitted: FittedQuantizer, packed: Tensor, x: Tensor) -> Tensor:
         layout, inputs = _format(fitted.shape, fitted.quantizer, fitted.code)[0], padded.numpy()
         threads = torch.get_num_threads()
         trellis_wide.multiply(
-            packed.numpy(), layout, quantiles(), _units(fitted), inputs, out, threads
+            packed.numpy(), layout, _table(fitted), _units(fitted), inputs, out, threads
         )
         return torch.from_numpy(out)
     sums = lines(tokens * TILE * TILE)
     args = (
         *_format(fitted.shape, fitted.quantizer, fitted.code),
-        quantiles(),
+        _table(fitted),
         *_scratch(),
         sums,
         padded.view(-1).numpy(),
@@ -125,7 +126,7 @@ def decoded_slices(fitted: FittedTrellis, packed: Tensor) -> Slices:
     step = max(SLICE_VALUES // (n * TILE), 1) * TILE
     buffer = np.empty((min(step, m), n), np.float32)
     layout, units = (
-        (*_format(fitted.shape, fitted.quantizer, fitted.code), quantiles(), *_scratch()),
+        (*_format(fitted.shape, fitted.quantizer, fitted.code), _table(fitted), *_scratch()),
         _units(fitted),
     )
     for start in range(0, m, step):
@@ -133,6 +134,11 @@ def decoded_slices(fitted: FittedTrellis, packed: Tensor) -> Slices:
         out = buffer[: rows.stop - rows.start]
         _decode(packed.numpy(), *layout, start // TILE, units[rows], out.reshape(-1))
         yield rows, torch.from_numpy(out)
+
+
+def _table(fitted: FittedTrellis) -> NDArray[np.float32]:
+    """What levels are looked up in: the stored ones, or weyl's quantiles."""
+    return fitted.code.table() if fitted.code.name == "table" else quantiles()
 
 
 def _scratch() -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.float32]]:
@@ -152,6 +158,8 @@ def _format(shape: tuple[int, int], q: Trellis, code: Code) -> tuple[_Format, Ar
     """The format, the bit where each group's first window starts, and each lane's shift."""
     if code.name == "weyl":
         constants = (WEYL, code.multiplier, 0, 0, 1)
+    elif code.name == "table":
+        constants = (STORED, 1, 0, 0, 1)
     elif code.name in BYTE_SUM_CODES:
         constants = (BYTE_SUMS, *BYTE_SUM_CODES[code.name])
     else:
@@ -249,7 +257,9 @@ def _tile_levels(packed, f, firsts, shifts, table, i, j, stream, states, levels)
             else:
                 x = windows_by_four(source, bit, firsts, shifts, mask)
         x = multiply_word(x, f.multiplier)
-        if f.kind == WEYL:
+        if f.kind == STORED:
+            level = table_levels(x, np.uint32(0), table)
+        elif f.kind == WEYL:
             level = table_levels(x, np.uint32(32 - QUANTILE_BITS), table)
         elif f.kind == BYTE_SUMS:
             x = add_word(x, f.addend)

@@ -9,6 +9,7 @@ For matrices of whole tiles on processors with AVX-512 VBMI and VNNI; all others
     vpmulld     x = M s + A of the code
     vpdpbusd    the sum of the four bytes of x, less 510          (byte sums)
     vgatherdps  the quantile of x >> 22, from 4 KiB               (weyl)
+                or the stored level of s itself                   (table)
     fma         times the inputs, onto the row's sixteen partial sums
 
 which is 9 vector operations for byte sums, on two ports; the quantiles' sixteen loads take about
@@ -52,7 +53,7 @@ MAX_STATE_BITS = 25  # a window and what precedes it in its first byte lie in fo
 BYTES = 64
 THREAD_WEIGHTS = 1 << 20  # what is worth waking a thread for: a fifth of a millisecond
 
-WEYL, BYTE_SUMS, HALF_SUMS, MIXED_SUMS = 0, 1, 2, 3  # families of codes
+WEYL, BYTE_SUMS, HALF_SUMS, MIXED_SUMS, STORED = 0, 1, 2, 3, 4  # families of codes
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -225,7 +226,7 @@ def multiply(
     Args:
         packed: the codes of a matrix that `suits`.
         f: its format, as `trellis_cpu` describes it.
-        table: the quantiles.
+        table: the quantiles, or the levels of a stored table.
         threads: at most; each gets at least `THREAD_WEIGHTS` weights.
     """
     places, shifts = row_tables(f.sixteenths, f.state_bits)
@@ -261,7 +262,10 @@ def lines(count: int) -> Floats:
 
 @njit(forceinline=True, _nrt=False)
 def _row_levels(kind, piece, places, shifts, f, mask, table):  # type: ignore[no-untyped-def]
-    s = multiply_word(windows_of(piece, places, shifts, mask), f.multiplier)
+    s = windows_of(piece, places, shifts, mask)
+    if kind == STORED:
+        return gathered(s, table)
+    s = multiply_word(s, f.multiplier)
     if kind == WEYL:
         return gathered(shift_right(s, np.uint32(32 - QUANTILE_BITS)), table)
     s = add_word(s, f.addend)
