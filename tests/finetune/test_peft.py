@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,36 @@ def test_adapter_is_trained_saved_and_loaded(
         torch.testing.assert_close(again(TOKENS).logits, model(TOKENS).logits)
         with model.disable_adapter():
             torch.testing.assert_close(model(TOKENS).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_classification_head_is_trained_and_saved_with_its_adapter(
+    compressed: Callable[..., Output], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    def classifier() -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            compressed("caldera").directory, num_labels=2, dtype=torch.float32
+        )
+        model.config.pad_token_id = 0
+        return model
+
+    torch.manual_seed(0)
+    model = attach(classifier(), task_type="SEQ_CLS", **OPTIONS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, labels, losses = torch.optim.AdamW(trained, lr=0.01), torch.tensor([0, 1]), []
+    for _ in range(5):
+        loss = model(TOKENS + 1, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(classifier(), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(TOKENS + 1).logits, model(TOKENS + 1).logits)
 
 
 def test_adapter_of_another_model_is_refused(

@@ -49,6 +49,41 @@ def test_labels_are_endings_after_all_texts(tokenizer: Any, tmp_path: Path) -> N
         assert len(ids) <= 6 and 0 < begin < len(ids)
 
 
+def test_labels_may_have_names_and_fields_a_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"premise": "A dog.", "hypothesis": "A fox.", "label": label}
+        for label in ("entailment", "not_entailment", 1)
+    ]
+    fields = TaskFields(
+        labels=("entailment=yes", "not_entailment=no"), prompt="{premise} {hypothesis} It"
+    )
+    found = read_examples(write(tmp_path / "x.jsonl", *rows), fields, tokenizer, 64)
+    assert [example.label for example in found] == [0, 1, 1]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found[0].candidates]
+    assert texts == ["A dog. A fox. It yes", "A dog. A fox. It no"]
+    with pytest.raises(DataError, match="needs a text field 'other'"):
+        read_examples(
+            tmp_path / "x.jsonl", TaskFields(labels=("a", "b"), prompt="{other}"), tokenizer, 64
+        )
+
+
+def test_choices_may_be_one_list_of_beginnings(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"options": ["The fox", "The dog"], "continuation": "is lazy.", "gold": 1}
+    fields = TaskFields(label="gold", choices=("options",), prompt="_ {continuation}")
+    example, _ = read_examples(write(tmp_path / "x.jsonl", row, row), fields, tokenizer, 64)
+    assert example.label == 1
+    for ids, begin, text in zip(example.candidates, example.begins, row["options"], strict=True):
+        assert tokenizer.decode(ids[:begin], skip_special_tokens=True) == text
+        assert tokenizer.decode(ids[begin:]) == " is lazy."
+    three = {**row, "options": ["The fox", "The dog", "A dog"]}
+    for rows, message in (
+        ((row, three), r"\[2, 3\] choices"),
+        (({**row, "options": ["one"]},), "at least two texts in 'options'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_examples(write(tmp_path / "y.jsonl", *rows), fields, tokenizer, 64)
+
+
 def test_scores_are_sums_of_log_probabilities(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     row = {"text": "The dog is", "a": "lazy", "b": "not lazy at all", "label": 1}

@@ -80,7 +80,12 @@ class TuneOptions:
         str | None, typer.Option(help="Task: the field of the answer. Default label.")
     ] = None
     label_name: Annotated[
-        list[str] | None, typer.Option(help="Task: a label as a word, in order. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Task: a label's word, or name=word, in order. May be repeated."),
+    ] = None
+    prompt: Annotated[
+        str | None,
+        typer.Option(help='Task: text with "{field}" for fields, instead of --text-field.'),
     ] = None
 
 

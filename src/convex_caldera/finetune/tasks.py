@@ -6,7 +6,8 @@ candidate is its log-likelihood of the ending, and the loss is the cross-entropy
     s_c = sum_{t in ending c} log q(t | before),      loss = -log( e^{s_label} / sum_c e^{s_c} )
 
     classification   {"premise": "...", "hypothesis": "...", "label": 1}
-                     endings are the names of the labels; text fields are joined by newlines
+                     endings are words for the labels; text fields are joined by newlines, or put
+                     into a prompt
     choice           {"goal": "...", "sol1": "...", "sol2": "...", "label": 0}
                      endings are the fields named as choices; a text with one "_" in it is a blank:
                      the choice is put there, and what follows the blank is the ending (WinoGrande)
@@ -19,6 +20,7 @@ and the score is the one zero-shot evaluations use.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from convex_caldera.finetune.place import Trained
 from convex_caldera.finetune.windows import VALIDATION_SHARE
 
 BLANK = "_"
+_PLACE = re.compile(r"\{(\w+)\}")
 TaskKind = Literal["classification", "choice"]
 
 
@@ -44,30 +47,47 @@ class TaskFields:
     Args:
         text: fields joined by newlines, in this order.
         label: the number of the right ending from 0, its name, or for `choice` "1", "2", ...
-        choices: `choice`: the fields of the endings.
-        labels: `classification`: the names of the labels, in the order of their numbers.
+        choices: `choice`: the fields of the endings, or one field with a list of them.
+        labels: `classification`: words for the labels, in the order of their numbers; each may
+            be "name=word", where files have names.
+        prompt: text with {field} where a field goes, instead of the text fields.
 
     Raises:
-        RecipeError: no text, fewer than two endings, or both kinds of ending.
+        RecipeError: no text, text fields beside a prompt, one label, or both kinds of ending.
     """
 
-    text: tuple[str, ...]
+    text: tuple[str, ...] = ()
     label: str = "label"
     choices: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    prompt: str = ""
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise RecipeError("name at least one text field of the task (--text-field)")
+        if not self.text and not _PLACE.search(self.prompt):
+            raise RecipeError(
+                "name at least one text field of the task (--text-field), or put one into a prompt"
+            )
+        if self.text and self.prompt:
+            raise RecipeError("a prompt says where its fields go; leave out the text fields")
         if bool(self.choices) == bool(self.labels):
             raise RecipeError("name either the choices (fields) or the labels (words) of a task")
-        if len(self.choices or self.labels) < 2:
-            raise RecipeError("a task needs at least two choices or labels")
+        if len(self.labels) == 1:
+            raise RecipeError("a task needs at least two labels")
 
     @property
     def kind(self) -> TaskKind:
         """What the endings are."""
         return "choice" if self.choices else "classification"
+
+    @property
+    def words(self) -> list[str]:
+        """What is scored for each label."""
+        return [label.rpartition("=")[2] for label in self.labels]
+
+    @property
+    def names(self) -> list[str]:
+        """What files may call each label."""
+        return [(label.rpartition("=")[0] or label).strip() for label in self.labels]
 
 
 @dataclass(frozen=True)
@@ -96,6 +116,9 @@ def read_examples(path: Path, fields: TaskFields, tokenizer: Any, longest: int) 
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not JSON: {error}") from error
             found.append(_example(row, fields, tokenizer, longest, where))
+    counts = {len(example.candidates) for example in found}
+    if len(counts) > 1:
+        raise DataError(f"{path} has examples of {sorted(counts)} choices; all need as many")
     if len(found) < 2:
         raise DataError(f"{path} has {len(found)} examples; validation and training need one each")
     return found
@@ -109,11 +132,26 @@ def _example(row: Any, fields: TaskFields, tokenizer: Any, longest: int, where: 
         return value
 
     text = "\n".join(text_of(field) for field in fields.text)
-    endings = [text_of(field) for field in fields.choices] or list(fields.labels)
+    if fields.prompt:
+        text = _PLACE.sub(lambda place: text_of(place[1]), fields.prompt)
+    endings = _choices(row, fields, where) or [text_of(field) for field in fields.choices]
+    endings = endings or fields.words
     pairs = [_parts(text, ending, fields.kind) for ending in endings]
     label = _label(row.get(fields.label), fields, endings, where)
     candidates, begins = zip(*(_encode(tokenizer, *pair, longest) for pair in pairs), strict=True)
     return Example(candidates, begins, label)
+
+
+def _choices(row: Any, fields: TaskFields, where: str) -> list[str]:
+    """The list in the one field of choices; none where choices have a field each."""
+    if len(fields.choices) != 1:
+        return []
+    (field,) = fields.choices
+    found = row.get(field) if isinstance(row, dict) else None
+    texts = isinstance(found, list) and all(isinstance(each, str) for each in found)
+    if not texts or len(found) < 2:
+        raise DataError(f"{where}: needs a list of at least two texts in {field!r}")
+    return list(found)
 
 
 def _parts(text: str, ending: str, kind: TaskKind) -> tuple[str, str]:
@@ -139,13 +177,14 @@ def _label(value: Any, fields: TaskFields, endings: Sequence[str], where: str) -
         value = int(value)
     if isinstance(value, int) and 0 <= value < len(endings):
         return value
-    if isinstance(value, str) and value in endings:
-        return endings.index(value)
+    for known in (endings, fields.names):
+        if isinstance(value, str) and value in known:
+            return known.index(value)
     if isinstance(value, str) and value.isdigit() and 1 <= int(value) <= len(endings):
         return int(value) - 1
     raise DataError(
         f"{where}: {fields.label!r} is {value!r}; give a number 0 .. {len(endings) - 1}, one of "
-        f'the endings, or "1" .. "{len(endings)}"'
+        f'the endings, or "1" .. "{len(endings)}"; names have words by --label-name name=word'
     )
 
 

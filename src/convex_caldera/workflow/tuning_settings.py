@@ -50,6 +50,7 @@ class TuneSettings(BaseModel):
     choice_field: tuple[str, ...] = ()
     label_field: str = "label"
     label_name: tuple[str, ...] = ()
+    prompt: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> TuneSettings:
@@ -58,7 +59,7 @@ class TuneSettings(BaseModel):
         if self.loss in ("kl", "task") and self.scope == "block":
             raise ValueError(f"blocks are trained on mse; --loss {self.loss} needs --scope model")
         if self.fields() is not None and self.loss != "task":
-            raise ValueError("text, choice and label fields belong to --loss task")
+            raise ValueError("text, choice and label fields and a prompt belong to --loss task")
         _ = self.wish, self.schedule()
         return self
 
@@ -96,9 +97,11 @@ class TuneSettings(BaseModel):
 
     def fields(self) -> TaskFields | None:
         """Where the parts of a task's examples are; None for language modelling."""
-        if not (self.text_field or self.choice_field or self.label_name):
+        if not (self.text_field or self.choice_field or self.label_name or self.prompt):
             return None
-        return TaskFields(self.text_field, self.label_field, self.choice_field, self.label_name)
+        return TaskFields(
+            self.text_field, self.label_field, self.choice_field, self.label_name, self.prompt
+        )
 
     def published(self) -> dict[str, Any]:
         """As written into an output: no absolute paths."""
