@@ -137,7 +137,8 @@ def methods(json: opt.Json = None) -> None:
     """The methods of this library, one sentence and the paper of each."""
     from convex_caldera.recipes.table import METHODS
 
+    width = max(map(len, METHODS)) + 2
     for method in METHODS.values():
-        print(f"{method.name:16s}{method.sentence}\n{'':16s}{method.paper}")
+        print(f"{method.name:{width}s}{method.sentence}\n{'':{width}s}{method.paper}")
     rows = [{"name": m.name, "sentence": m.sentence, "paper": m.paper} for m in METHODS.values()]
     opt.write_json(json, {"methods": rows})

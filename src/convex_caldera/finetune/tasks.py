@@ -148,10 +148,10 @@ def _choices(row: Any, fields: TaskFields, where: str) -> list[str]:
         return []
     (field,) = fields.choices
     found = row.get(field) if isinstance(row, dict) else None
-    texts = isinstance(found, list) and all(isinstance(each, str) for each in found)
-    if not texts or len(found) < 2:
+    listed = found if isinstance(found, list) else []
+    if len(listed) < 2 or not all(isinstance(each, str) for each in listed):
         raise DataError(f"{where}: needs a list of at least two texts in {field!r}")
-    return list(found)
+    return listed
 
 
 def _parts(text: str, ending: str, kind: TaskKind) -> tuple[str, str]:

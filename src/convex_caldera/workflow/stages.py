@@ -97,7 +97,7 @@ class Stages:
             seconds = time.monotonic() - started
             record["results"][name] = {**result, "options": options, "seconds": seconds}
             self._write(RECORD, record)
-        return dict(record["results"])
+        return {name: record["results"][name] for name in STAGES if name in record["results"]}
 
     def _options(self, name: str) -> dict[str, Any]:
         """What a stage depends on beyond the settings; it is done again if this changes."""
