@@ -124,7 +124,7 @@ def patch_set(epochs: int) -> dict:
     train(patches, neural.geometry, neural.training, told)
     return {
         "matrix": PATCHED, "shape": list(W.shape), "patches": len(patches), "side": neural.patch,
-        "decoder_weights": neural.geometry.weights, "epochs": epochs, "errors": errors,
+        "decoder_weights": neural.geometry.weights, "epochs": epochs, "batch_errors": errors,
         "seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu,
     }  # fmt: skip
 
@@ -185,14 +185,13 @@ def write(out: Path, parts: dict) -> None:
 
 def sentence(found: dict) -> str:
     """What training of one set of large patches took."""
-    each = found["seconds"] / found["epochs"]
+    each = found["cpu_seconds"] / found["epochs"] / found["patches"]
     return (
-        f"\nTraining of one set of {found['side']} x {found['side']} patches by the mission's "
-        f"parameters ({found['matrix']}, {found['patches']} patches, "
-        f"{found['decoder_weights']:,} decoder weights): {each:.1f} s an epoch, "
-        f"{found['seconds']:.0f} s for {found['epochs']} epochs on one thread, relative error of "
-        f"the last batch {found['errors'][0]:.3f} after the first, {found['errors'][-1]:.3f} after "
-        "the last. A rate it is not: the matrix is small beside such a decoder.\n"
+        f"\nTraining on {found['side']} x {found['side']} patches by the mission's parameters "
+        f"({found['matrix']}, {found['patches']} patches, {found['decoder_weights']:,} decoder "
+        f"weights, one thread): {found['cpu_seconds']:.0f} CPU s for {found['epochs']} epochs, "
+        f"{each:.0f} a patch and epoch. It says nothing of rates: the matrix is small beside such "
+        "a decoder.\n"
     )
 
 

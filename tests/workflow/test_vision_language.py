@@ -119,6 +119,16 @@ class TestPope:
         assert "difference" not in original["splits"]["random"]
         assert "yes-ratio" in ran.out and ran.json["bad_images"] == {}
 
+    def test_it_is_a_task_of_eval_too(self, folder: Path, model: Path) -> None:
+        out = folder / "eval.json"
+        wanted = ("eval", model, "--tasks", "pope", "--task-data", folder / "questions")
+        ran = run(*wanted, "--images", folder / "images", "--limit", 2, json_to=out)
+        assert ran.code == 0, ran.err
+        (entry,) = ran.json["pope"]["models"]
+        assert {score["items"] for score in entry["splits"].values()} == {2}
+        ran = run(*wanted)
+        assert ran.code == 2 and "--images DIR" in ran.err
+
     def test_bad_images_are_counted_listed_and_too_many_fail(
         self, folder: Path, model: Path
     ) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convex_caldera.cli import options as opt
 from convex_caldera.cli.groups import spelled_out
+
+if TYPE_CHECKING:
+    from convex_caldera.workflow.pope import PopeResult
 
 CHECK_FAILED = 4
 
@@ -49,7 +52,9 @@ class TaskScoring:
 
     tasks: Annotated[
         str | None,
-        typer.Option(help="wikitext2,c4,winogrande,rte,piqa,arc_challenge,arc_easy,blimp, ..."),
+        typer.Option(
+            help="wikitext2,c4,winogrande,rte,piqa,arc_challenge,arc_easy,blimp, ..., pope."
+        ),
     ] = None
     task_data: Annotated[
         list[str] | None,
@@ -62,6 +67,7 @@ class TaskScoring:
     batch_size: Annotated[
         str, typer.Option(help="Inputs at a time; auto bounds memory instead.")
     ] = "auto"
+    images: Annotated[Path | None, typer.Option(help="Folder of the image files, for pope.")] = None
 
 
 def evaluate(
@@ -74,11 +80,30 @@ def evaluate(
 ) -> None:
     """Perplexity, KL, agreement and zero-shot tasks of several models, the original first."""
     if scored.tasks is None:
-        _only_with_tasks(task_data=scored.task_data, limit=scored.limit, output_dir=output_dir)
-        record = _score_text(models, scoring, device or "cpu")
-    else:
-        record = _score_tasks(models, scoring, scored, output_dir, device or "cpu")
-    opt.write_json(json, record)
+        _only_with_tasks(
+            task_data=scored.task_data,
+            limit=scored.limit,
+            images=scored.images,
+            output_dir=output_dir,
+        )
+        opt.write_json(json, _score_text(models, scoring, device or "cpu"))
+        return
+    tasks = [name.strip() for name in scored.tasks.split(",") if name.strip()]
+    record: dict[str, Any] = {}
+    if tasks != ["pope"]:
+        rest = tuple(name for name in tasks if name != "pope")
+        record = _score_tasks(models, scoring, scored, rest, output_dir, device or "cpu")
+    if "pope" not in tasks:
+        opt.write_json(json, record)
+        return
+    questions, images = _pope_folders(scored)
+    size = _batch_size(scored.batch_size)
+    found = _ask(
+        models, device, questions=questions, images=images, limit=scored.limit,
+        **({} if size is None else {"batch_size": size}),
+    )  # fmt: skip
+    opt.write_json(json, {**record, "pope": found.to_dict()})
+    found.check()
 
 
 def _score_text(models: list[str], scoring: TextScoring, device: str) -> dict[str, Any]:
@@ -95,6 +120,7 @@ def _score_tasks(
     models: list[str],
     scoring: TextScoring,
     scored: TaskScoring,
+    tasks: tuple[str, ...],
     output_dir: Path | None,
     device: str,
 ) -> dict[str, Any]:
@@ -102,8 +128,8 @@ def _score_tasks(
     from convex_caldera.workflow.zero_shot import TaskOptions, evaluate_tasks
 
     options = TaskOptions(
-        tasks=tuple(name.strip() for name in (scored.tasks or "").split(",") if name.strip()),
-        task_data=tuple(scored.task_data or ()), limit=scored.limit, protocol=scored.protocol,
+        tasks=tasks, task_data=tuple(scored.task_data or ()),
+        limit=scored.limit, protocol=scored.protocol,
         batch_size=_batch_size(scored.batch_size), **vars(scoring),
     )  # fmt: skip
     with shown() as progress:
@@ -131,19 +157,39 @@ def evaluate_pope(
     json: opt.Json = None,
 ) -> None:
     """POPE on vision-language models: accuracy, precision, recall, F1 and yes-ratio per split."""
+    result = _ask(
+        models, device, questions=questions, images=images,
+        splits=tuple(s.strip() for s in splits.split(",") if s.strip()), limit=limit,
+        batch_size=batch_size, max_new_tokens=max_new_tokens, max_bad=max_bad,
+    )  # fmt: skip
+    opt.write_json(json, result.to_dict())
+    result.check()
+
+
+def _ask(models: list[str], device: str | None, **options: Any) -> PopeResult:
+    """POPE's scores, printed."""
     from convex_caldera.workflow.pope import PopeOptions
     from convex_caldera.workflow.pope import evaluate_pope as ask
     from convex_caldera.workflow.progress import shown
 
-    options = PopeOptions(
-        questions, images, tuple(s.strip() for s in splits.split(",") if s.strip()), limit,
-        batch_size, max_new_tokens, max_bad=max_bad,
-    )  # fmt: skip
     with shown() as progress:
-        result = ask(models, options, device=device or "cpu", progress=progress)
+        result = ask(models, PopeOptions(**options), device=device or "cpu", progress=progress)
     print(result.text())
-    opt.write_json(json, result.to_dict())
-    result.check()
+    return result
+
+
+def _pope_folders(scored: TaskScoring) -> tuple[Path, Path]:
+    """Folders of POPE's questions and images."""
+    from convex_caldera.errors import RecipeError
+
+    folders = [Path(source) for source in scored.task_data or () if Path(source).is_dir()]
+    asked = [folder for folder in folders if any(folder.glob("*pope*.json*"))]
+    if not asked or scored.images is None:
+        raise RecipeError(
+            "task pope: give --task-data DIR with its questions (*pope*_random.jsonl and so on) "
+            "and --images DIR"
+        )
+    return asked[0], scored.images
 
 
 def bench(
