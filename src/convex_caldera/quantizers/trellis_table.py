@@ -47,7 +47,7 @@ def trained_levels(state_bits: int, sixteenths: int) -> NDArray[np.float16]:
     Their unit is that of weyl's: times `best_spread` they suit a source of standard deviation 1.
     A function of its arguments alone; kept for the life of the process.
 
-    Cost: `ROUNDS` searches of at most `MOST` weights: 2 to 4 s of a core at L = 12, 0.2 s at L = 8.
+    Cost: `ROUNDS` searches of at most `MOST` weights: 2.4 s of a core at L = 12, 0.1 s at L = 8.
     """
     bits = sixteenths / RATE_UNIT
     spread = np.float32(best_spread(bits))
