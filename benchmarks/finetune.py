@@ -135,7 +135,7 @@ def won_back(rows: list[dict]) -> None:
 
 def run_cell(name: str, method: str, bits: float, args) -> list[dict]:
     """Before, after blocks, after the model."""
-    calibration, training, held_out = (located(text, args.data) for text in CASES[name])
+    calibration, trained_on, held_out = (located(text, args.data) for text in CASES[name])
     model, short = located(name, args.data), Path(name).name
     folder = args.work / f"{short}-{method}-{bits:g}"
     made = compressed(model, calibration, method, bits, folder / "before")
@@ -143,7 +143,7 @@ def run_cell(name: str, method: str, bits: float, args) -> list[dict]:
     last = folder / "before"
     for scope in ("block", "model"):
         out = folder / scope
-        phases.append(tuned(last, out, scope, model, training, args.train, args))
+        phases.append(tuned(last, out, scope, model, trained_on, args.train, args))
         last = out
     done = [folder / p for p in ("before", "block", "model")]
     if args.control:
@@ -163,7 +163,7 @@ def run_cell(name: str, method: str, bits: float, args) -> list[dict]:
 
 def run_ranks(name: str, ranks: tuple[int, int], bits: float, args) -> list[dict]:
     """Rank R trained against rank S untrained, 2-bit codes, equal bytes."""
-    calibration, training, held_out = (located(text, args.data) for text in CASES[name])
+    calibration, trained_on, held_out = (located(text, args.data) for text in CASES[name])
     model, short = located(name, args.data), Path(name).name
     folder = args.work / f"{short}-ranks-{ranks[0]}-{ranks[1]}"
     pin = ("re:.*=bits:2",)
@@ -172,7 +172,7 @@ def run_ranks(name: str, ranks: tuple[int, int], bits: float, args) -> list[dict
         compressed(model, calibration, "caldera", bits, out, rank=rank, pin=pin)
         for rank, out in zip(ranks, (small, large), strict=True)
     ]
-    spent = tuned(small, folder / "tuned", "model", model, training, "lowrank", args)
+    spent = tuned(small, folder / "tuned", "model", model, trained_on, "lowrank", args)
     rows = evaluated([small, large, folder / "tuned"], model, held_out, args)
     labels = ("original", f"rank {ranks[0]}, 4-bit factors", f"rank {ranks[1]}, 4-bit factors",
               f"rank {ranks[0]} trained, 16-bit factors")  # fmt: skip
