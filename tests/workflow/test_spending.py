@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from convex_caldera.errors import InterruptedRunError
 from convex_caldera.recipes.scl import lloyd_max_recipe
 from convex_caldera.storage.layers import LayerEntry
 from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.planning import layout_of
+from convex_caldera.workflow.progress import Silent
 from convex_caldera.workflow.spending import CodedLadders
 from tests.examples import first
-from tests.workflow.running import shard_bytes
+from tests.workflow.running import shard_bytes, snapshot
 from tests.workflow.test_budget import WIDE, make
 
 SHAPE = (96, 112)
@@ -50,6 +52,31 @@ def test_saved_bytes_are_spent(
     if method.startswith("scl"):
         assert on_disk > 0.97 * summary.budget_bytes
         assert summary.mean_relative_loss < 0.8 * without.mean_relative_loss
+
+
+class Interrupting(Silent):
+    """Interrupts the run at the given step."""
+
+    def __init__(self, step: int):
+        self.left = step
+
+    def advance(self, note: str = "") -> None:
+        del note
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", first(1, [8, 3]))
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    wide: Path, text: Path, tmp_path: Path, step: int
+) -> None:
+    settings = make(wide, "scl-lloyd-max", text, bits=4, coder="rans")
+    compress_to(settings, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        compress_to(settings, tmp_path / "torn", progress=Interrupting(step), workers=1)
+    compress_to(settings, tmp_path / "torn")
+    assert snapshot(tmp_path / "torn") == snapshot(tmp_path / "whole")
 
 
 def ladders(*names: str) -> CodedLadders:
