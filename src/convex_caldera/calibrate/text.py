@@ -70,8 +70,8 @@ def token_windows(
     if count < 1 or (count < _LEAST_SHARE * nsamples and not allow_short):
         raise DataError(
             f"{source} has {len(ids)} tokens, {count} windows of {seqlen}; {nsamples} windows "
-            f"({nsamples * seqlen} tokens) were asked for; give more text, ask for less, or "
-            "allow a short calibration"
+            f"({nsamples * seqlen} tokens) were asked for; give more text, ask for less "
+            "(--nsamples, --seqlen), or take what there is (--allow-short)"
         )
     windows = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
     return torch.cat([torch.tensor([head] * count, dtype=torch.int64).view(count, -1), windows], 1)
@@ -121,7 +121,9 @@ def _documents(source: str | Path) -> Iterator[str]:
     if path.is_file():
         return _from_file(path)
     if path.suffix in _READERS or name.startswith((".", "/", "~")) or path.is_dir():
-        raise DataError(f"{name} is not a file; give a .txt or .jsonl file, or {BUNDLED!r}")
+        raise DataError(
+            f"{name} is not a file; give a .txt or .jsonl file, or {BUNDLED!r} (--dataset, --text)"
+        )
     return _from_hub(name)
 
 
