@@ -1,5 +1,6 @@
 """T4: LDLQ under a diagonal metric is nearest; it is GPTQ; its loss is sum_j D_j |e_j|^2."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
 from convex_caldera.fit.rounding import refine, round_ldlq, round_nearest, round_two_sided
 from convex_caldera.linalg.factor import block_unit_upper
+from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.uniform import Uniform
 from tests.examples import examples
 from tests.oracles.gptq import gptq_codes
@@ -59,6 +61,22 @@ def test_ldlq_panels_do_not_change_codes(monkeypatch):
     whole = round_ldlq(W, fitted, hessian.unit_upper(4))[0]
     monkeypatch.setattr("convex_caldera.fit.rounding.PANEL", 8)
     assert torch.equal(round_ldlq(W, fitted, hessian.unit_upper(4))[0], whole)
+
+
+@pytest.mark.parametrize(("bits", "n"), [(2, 264), (3, 141), (4, 144)])
+def test_compiled_panels_are_the_plain_loop(monkeypatch, bits, n):
+    W, hessian = gaussian(12, n, bits).float(), correlated_hessian(n)
+    fitted, H = E8P(bits).fit(W), hessian.damped
+    rounded = round_ldlq(W, fitted, hessian.unit_upper(8))
+    refined = refine(W, *rounded, fitted, H, 2)
+    monkeypatch.setattr("convex_caldera.fit.rounding._for_kernels", lambda x: False)
+    plain = round_ldlq(W, fitted, hessian.unit_upper(8))
+    for (codes, values), expected in (
+        (rounded, plain[0]),
+        (refined, refine(W, *rounded, fitted, H, 2)[0]),
+    ):
+        assert (codes != expected).float().mean() < 0.02  # sums in another order
+        assert torch.allclose(values, fitted.decode(codes), atol=1e-5)
 
 
 @given(SIZES)

@@ -18,7 +18,7 @@ import hashlib
 import importlib
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -51,32 +51,33 @@ def split_of(name: str) -> Split:
     return next(split for split, upper in _SHARES if position < upper)
 
 
-def documents() -> Iterator[tuple[str, str]]:
-    """All (name, text) pairs in a fixed order: sources, docstrings, topics."""
-    yield from _sources()
-    yield from _docstrings()
-    yield from _topics()
+def documents(wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, str]]:
+    """(name, text) pairs of wanted names in a fixed order: sources, docstrings, topics."""
+    yield from _sources(wanted)
+    yield from _docstrings(wanted)
+    yield from _topics(wanted)
 
 
 def text(split: Split) -> str:
     """One split as one string, documents in name order, a blank line between them."""
-    chosen = sorted((name, body) for name, body in documents() if split_of(name) == split)
+    chosen = sorted(documents(lambda name: split_of(name) == split))
     return "\n\n".join(body for _, body in chosen)
 
 
-def _sources() -> Iterator[tuple[str, str]]:
+def _sources(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if _LEFT_OUT.isdisjoint(parts) and not parts[0].startswith(("config-", "_sysconfigdata")):
-            if not any(part in ("tests", "test") for part in parts):
+            name = ".".join(parts)
+            if not any(part in ("tests", "test") for part in parts) and wanted(name):
                 body = path.read_text(encoding="utf-8", errors="replace")
                 if body.strip():
-                    yield ".".join(parts), body
+                    yield name, body
 
 
-def _docstrings() -> Iterator[tuple[str, str]]:
-    for name in sorted(sys.builtin_module_names):
+def _docstrings(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    for name in sorted(n for n in sys.builtin_module_names if wanted(f"doc:{n}")):
         module = importlib.import_module(name)
         entries = [f"{name}\n\n{module.__doc__ or ''}"]
         for member in sorted(vars(module)):
@@ -88,7 +89,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
         yield f"doc:{name}", "\n\n".join(entries)
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def _topics(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
     topics = importlib.import_module("pydoc_data.topics").topics
-    for name in sorted(topics):
+    for name in sorted(n for n in topics if wanted(f"topic:{n}")):
         yield f"topic:{name}", topics[name]

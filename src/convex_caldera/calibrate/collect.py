@@ -65,7 +65,7 @@ def collect(
     model: Skeleton | Path,
     tokens: Tensor,
     *,
-    batch_size: int = 8,
+    batch_size: int = 2,
     store: torch.dtype = torch.float32,
     propagate: Propagate = "original",
     replace: Replace | None = None,

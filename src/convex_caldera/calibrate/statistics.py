@@ -16,9 +16,12 @@ from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import DataError, FormatError, NumericalError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 # Rows per float32 product: short enough that its rounding stays far below the damping.
 _CHUNK_ROWS = 4096
+# Rows per float32 sum of |x|.
+_ABSOLUTE_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +95,12 @@ class InputAccumulator:
         if x.shape[-1] != self.width:
             raise ShapeError(f"{self.name}: expected width {self.width}, got {tuple(x.shape)}")
         rows = x.detach().reshape(-1, self.width).float()
-        absolute = rows.abs().sum(0, dtype=torch.float64)
-        # One NaN or infinity anywhere makes its column sum so: no extra pass over good batches.
-        if not torch.isfinite(absolute).all():
+        if not all_finite(rows):
             raise NumericalError(self._blame(rows, samples))
+        for chunk in rows.split(_ABSOLUTE_ROWS):
+            self._absolute += chunk.abs().sum(0)
         for chunk in rows.split(_CHUNK_ROWS):
             self._second += chunk.T @ chunk
-        self._absolute += absolute
         self.num_tokens += len(rows)
         if not torch.isfinite(self._second.diagonal()).all():
             raise NumericalError(

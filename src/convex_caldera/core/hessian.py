@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convex_caldera.errors import NumericalError, ShapeError
 from convex_caldera.linalg.factor import block_unit_upper, checked_cholesky
+from convex_caldera.linalg.finite import all_finite
 
 
 class Hessian:
@@ -42,7 +43,7 @@ class Hessian:
     ):
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ShapeError(f"{name}: H must be square, got {tuple(matrix.shape)}")
-        if not torch.isfinite(matrix).all():
+        if not all_finite(matrix):
             raise NumericalError(f"{name}: H has NaN or infinite entries; check the activations")
         if (matrix.diagonal() < 0).any():
             least = matrix.diagonal().min().item()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import NumericalError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 # Row groups begin at multiples of this, the height of a trellis tile.
 ROW_UNIT = 16
@@ -63,8 +64,8 @@ class Problem:
             raise ShapeError(
                 f"{self.name}: a row group's metric does not fit {tuple(self.W.shape)}"
             )
-        bad = ~torch.isfinite(self.W)
-        if bad.any():
+        if not all_finite(self.W):
+            bad = ~torch.isfinite(self.W)
             row, column = (int(i) for i in bad.nonzero()[0])
             raise NumericalError(
                 f"{self.name}: weight is {self.W[row, column].item()} at [{row}, {column}] "

@@ -94,6 +94,16 @@ class FittedQuantizer(Protocol):
 
 
 @runtime_checkable
+class RoundsPanels(Protocol):
+    """A fitted quantizer that rounds a run of its blocks with feedback in one call."""
+
+    def round_panel(
+        self, target: Tensor, base: Tensor, coupling: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """What `fit.rounding.round_panel` says, for float32 on the CPU."""
+
+
+@runtime_checkable
 class Coder(Protocol):
     """Lossless entropy coding of packed codes; frozen data.
 

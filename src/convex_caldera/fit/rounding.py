@@ -23,7 +23,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from convex_caldera.core.protocols import FittedQuantizer
+from convex_caldera.core.protocols import FittedQuantizer, RoundsPanels
 from convex_caldera.errors import RecipeError
 from convex_caldera.fit.tile_feedback import Place, TileFeedback, padded
 
@@ -48,18 +48,49 @@ def round_ldlq(W: Tensor, fitted: FittedQuantizer, unit_upper: Tensor) -> tuple[
     Cost: m n^2 multiply-adds, almost all in panels of 128 columns, plus mn/d encodings.
     """
     U = unit_upper.to(W.dtype)
-    n, d = W.shape[1], fitted.quantizer.block
-    panel = max(PANEL // d, 1) * d
     error, codes = torch.empty_like(W), []
-    for a in range(0, n, panel):
-        b = min(a + panel, n)
-        target = W[:, a:b] + error[:, :a] @ U[:a, a:b]
-        for j in range(a, b, d):
-            cols = slice(j, min(j + d, b))
-            goal = target[:, j - a : cols.stop - a] + error[:, a:j] @ U[a:j, cols]
-            codes.append(fitted.encode(goal, j))
-            error[:, cols] = W[:, cols] - fitted.decode(codes[-1], j).to(W.dtype)
+    for part in panels(W.shape[1], fitted):
+        before = slice(0, part.start)
+        target = W[:, part] + error[:, before] @ U[before, part]
+        found, values = round_panel(target, W[:, part], U[part, part], fitted, part.start)
+        codes.append(found)
+        error[:, part] = W[:, part] - values
     return torch.cat(codes, dim=1), W - error
+
+
+def panels(n: int, fitted: FittedQuantizer) -> list[slice]:
+    """Runs of columns, each a whole number of the quantizer's blocks unless the matrix ends."""
+    width = max(PANEL // fitted.quantizer.block, 1) * fitted.quantizer.block
+    return [slice(a, min(a + width, n)) for a in range(0, n, width)]
+
+
+def round_panel(
+    target: Tensor, base: Tensor, coupling: Tensor, fitted: FittedQuantizer, start: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and values W^ of p columns, block j rounded towards T_j + (B - W^)_{<j} C_{<j,j}.
+
+    Args:
+        target, base: T and B, (m, p).
+        coupling: C (p, p), of which what lies above its diagonal blocks is read.
+        fitted: quantizer of the matrix.
+        start: the panel's first column in it.
+    """
+    if isinstance(fitted, RoundsPanels) and _for_kernels(target):
+        return fitted.round_panel(target, base, coupling, start)
+    d, width = fitted.quantizer.block, target.shape[1]
+    error, codes, values = torch.empty_like(base), [], []
+    for j in range(0, width, d):
+        cols = slice(j, min(j + d, width))
+        goal = target[:, cols] + error[:, :j] @ coupling[:j, cols]
+        codes.append(fitted.encode(goal, start + j))
+        values.append(fitted.decode(codes[-1], start + j).to(base.dtype))
+        error[:, cols] = base[:, cols] - values[-1]
+    return torch.cat(codes, dim=1), torch.cat(values, dim=1)
+
+
+def _for_kernels(x: Tensor) -> bool:
+    """Whether kernels compiled for the CPU take it."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def round_row_groups(
@@ -164,27 +195,22 @@ def refine(
 
     Cost: 2 m n^2 multiply-adds and mn/d encodings per sweep.
     """
-    H = H.to(W.dtype)
-    n, d = W.shape[1], fitted.quantizer.block
-    panel = max(PANEL // d, 1) * d
-    codes, W_hat = codes.clone(), W_hat.clone()
-    width = _code_width(codes, n, d)
-    inverses = [torch.linalg.inv(H[j : j + d, j : j + d]) for j in range(0, n, d)]
+    steps = _newton_steps(H.to(W.dtype), fitted.quantizer.block)
+    W_hat = W_hat.clone()
     for _ in range(sweeps):
-        for a in range(0, n, panel):
-            b = min(a + panel, n)
-            gradient = (W - W_hat) @ H[:, a:b]
-            for j in range(a, b, d):
-                cols, local = slice(j, min(j + d, b)), slice(j - a, min(j + d, b) - a)
-                goal = W_hat[:, cols] + gradient[:, local] @ inverses[j // d]
-                new = fitted.encode(goal, j)
-                values = fitted.decode(new, j).to(W.dtype)
-                gradient -= (values - W_hat[:, cols]) @ H[cols, a:b]
-                W_hat[:, cols] = values
-                codes[:, j // d * width : j // d * width + new.shape[1]] = new
+        found = []
+        for part in panels(W.shape[1], fitted):
+            base = W_hat[:, part].clone()
+            target = base + (W - W_hat) @ steps[:, part]
+            new, W_hat[:, part] = round_panel(target, base, steps[part, part], fitted, part.start)
+            found.append(new)
+        codes = torch.cat(found, dim=1)
     return codes, W_hat
 
 
-def _code_width(codes: Tensor, n: int, block: int) -> int:
-    """Columns of the code tensor that one full block of weights takes."""
-    return codes.shape[1] // -(-n // block)
+def _newton_steps(H: Tensor, block: int) -> Tensor:
+    """H_k H_kk^-1 of all column blocks k, side by side (n, n)."""
+    columns = H.split(block, dim=1)
+    corners = [H_k[k * block : (k + 1) * block] for k, H_k in enumerate(columns)]
+    steps = [H_k @ torch.linalg.inv(H_kk) for H_k, H_kk in zip(columns, corners, strict=True)]
+    return torch.cat(steps, dim=1)

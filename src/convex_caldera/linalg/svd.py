@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import NumericalError, RecipeError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 EXACT_SIZE = 768  # min(m, n) up to which the exact way is used always
 EXACT_SHARE = 0.25  # share of min(m, n) in the subspace from which it is cheaper anyway
@@ -208,5 +209,5 @@ def _check(A: Tensor, H: Tensor | None, rank: int, start: Tensor | None) -> None
         raise ShapeError(f"A is {(m, n)}, so start must have {m} rows, got {tuple(start.shape)}")
     if not 0 <= rank <= min(m, n):
         raise RecipeError(f"rank {rank} is out of range for {m} x {n}: 0 to {min(m, n)}")
-    if not torch.isfinite(A).all() or (H is not None and not torch.isfinite(H).all()):
+    if not all_finite(A) or (H is not None and not all_finite(H)):
         raise NumericalError(f"NaN or infinite entries in A {(m, n)} or its weight H")

@@ -53,8 +53,9 @@ class HiddenStates:
         _check_tokens(tokens, skeleton)
         self.skeleton = skeleton
         self.store = store
+        self._batch_size = batch_size
         self.batches: tuple[Tensor, ...] = torch.split(tokens, batch_size)
-        self._hidden: dict[int, Tensor] = {}
+        self._hidden: Tensor | None = None
         self._calls: list[list[BlockCall]] = []
         with skeleton.loaded_outside(head=False):
             for batch, ids in enumerate(self.batches):
@@ -72,7 +73,9 @@ class HiddenStates:
 
     def hidden(self, batch: int) -> Tensor:
         """Hidden states of one batch (samples, length, width), ready for computation."""
-        return self._hidden[batch].to(self.skeleton.device, self.skeleton.dtype)
+        assert self._hidden is not None  # filled when made
+        kept = self._hidden.split(self._batch_size)[batch]
+        return kept.to(self.skeleton.device, self.skeleton.dtype)
 
     def output(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """Block `index` on one batch; the stored hidden states stay as they are."""
@@ -84,8 +87,14 @@ class HiddenStates:
         return self._calls[batch][index](block, self.hidden(batch))
 
     def put(self, batch: int, hidden: Tensor) -> None:
-        """Store the hidden states of one batch."""
-        self._hidden[batch] = hidden.to("cpu", self.store)
+        """Store the hidden states of one batch in place of those before.
+
+        All lie in one tensor: memory so large goes back to the system when it is freed.
+        """
+        if self._hidden is None:
+            samples = sum(map(len, self.batches))
+            self._hidden = torch.empty(samples, *hidden.shape[1:], dtype=self.store)
+        self._hidden.split(self._batch_size)[batch].copy_(hidden)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace all hidden states by the outputs of block `index`."""

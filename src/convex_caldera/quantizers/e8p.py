@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -73,6 +74,12 @@ class E8P:
         """(c, rho)."""
         return (_JOINT_SCALES if self.joint_scale else _CODEBOOK_SCALES)[self.bits]
 
+    @property
+    def search(self) -> tuple[int, float, int]:
+        """Bits, gain and neighbors of the second stage."""
+        second = _SECOND[self.bits]
+        return second.bits if second else 0, self.scales[1], self.neighbors
+
     def fit(self, W: Tensor, *, importance: Tensor | None = None, gain: float = 1.0) -> FittedE8P:
         """One scale, gain * rms(W) / c; the lattice treats all columns alike.
 
@@ -129,9 +136,10 @@ class FittedE8P:
         """
         check_columns(x, self.shape, start, 8)
         check_finite(x, "the matrix to encode")
-        padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 8))
-        y = (padded / self._divisor(x.device)).reshape(-1, 8)
-        return _nearest(y, self.quantizer).view(x.shape[0], -1)
+        y = x.float() / self._divisor.to(x.device)
+        if x.shape[1] % 8:
+            y = torch.nn.functional.pad(y, (0, -x.shape[1] % 8))
+        return _nearest(y.reshape(-1, 8), self.quantizer).view(x.shape[0], -1)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         """Values (m, d), float32: float32(scale * float32(q1 + float32(q2 / rho)))."""
@@ -139,6 +147,25 @@ class FittedE8P:
         points = _decode(codes.reshape(-1), self.quantizer).view(codes.shape[0], -1)
         width = min(points.shape[1], self.shape[1] - start)
         return points[:, :width] * self.scale.to(points.device)
+
+    def round_panel(
+        self, target: Tensor, base: Tensor, coupling: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and values of a run of columns with feedback (`core.protocols.RoundsPanels`)."""
+        from convex_caldera.quantizers import e8p_panel_kernels
+
+        check_columns(target, self.shape, start, 8)
+        goal = target.contiguous().numpy().copy()
+        scales = self._divisor.numpy()[0], self.scale.numpy()[0]
+        codes, values = e8p_panel_kernels.round_panel(
+            goal,
+            base.contiguous().numpy(),
+            coupling.contiguous().numpy(),
+            scales,
+            self.quantizer.search,
+        )
+        check_finite(torch.from_numpy(goal), "what the feedback made of the matrix")
+        return torch.from_numpy(codes), torch.from_numpy(values)
 
     def take_rows(self, rows: slice) -> FittedE8P:
         return FittedE8P(self.quantizer, sliced_shape(self.shape, rows), self.scale)
@@ -168,9 +195,9 @@ class FittedE8P:
     def tensors(self) -> dict[str, Tensor]:
         return {"scale": self.scale}
 
-    def _divisor(self, device: torch.device) -> Tensor:
-        scale = self.scale.to(device)
-        return torch.where(scale > 0, scale, torch.inf)
+    @cached_property
+    def _divisor(self) -> Tensor:
+        return torch.where(self.scale > 0, self.scale, torch.inf)
 
 
 def _nearest(y: Tensor, quantizer: E8P) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -23,82 +24,78 @@ from convex_caldera.quantizers.e81b_kernels import code_table
 _CHUNK = 512
 
 
+class Search(NamedTuple):
+    """What the compiled search is given beside x.
+
+    Attributes:
+        second_bits: of the second stage: 8 is E81B, 16 is E8P, 0 none.
+        gains: rho and 1 / rho.
+        neighbors: of each shift's nearest point that are tried too.
+        first, ball: tables of E8P and of E81B.
+    """
+
+    second_bits: int
+    gains: tuple[Any, Any]
+    neighbors: int
+    first: tuple[Codes, Floats, Floats]
+    ball: tuple[Codes, Floats]
+
+
+@cache
+def search(second_bits: int, rho: float, neighbors: int) -> Search:
+    """The search of one quantizer, with its tables."""
+    first = (row_table(), shell_rows(), signed_rows())
+    ball = (code_table(), e8p_points.ball_points().numpy())
+    return Search(second_bits, (np.float32(rho), np.float32(1.0 / rho)), neighbors, first, ball)
+
+
 def nearest_pairs(x: Floats, second_bits: int, rho: float, neighbors: int) -> Codes:
     """Codes (N,), first << second_bits | second, of x (N, 8); 8 bits is E81B, 16 is E8P."""
-    first_tables = (row_table(), shell_rows(), signed_rows())
-    ball_tables = (code_table(), e8p_points.ball_points().numpy())
-    gains = (np.float32(rho), np.float32(1.0 / rho))
-    return _nearest_pairs(x, second_bits, gains, neighbors, first_tables, ball_tables)
+    return _nearest_pairs(x, search(second_bits, rho, neighbors))
 
 
 @njit(cache=True, nogil=True)
-def _nearest_pairs(
-    x: Floats,
-    second_bits: int,
-    gains: tuple[Any, Any],
-    neighbors: int,
-    first_tables: tuple[Codes, Floats, Floats],
-    ball_tables: tuple[Codes, Floats],
-) -> Codes:
+def _nearest_pairs(x: Floats, how: Search) -> Codes:
     codes = np.zeros(x.shape[0], dtype=np.int64)
     for start in range(0, x.shape[0], _CHUNK):
         part = x[start : start + _CHUNK]
         best = codes[start : start + _CHUNK]
         errors = np.full(part.shape[0], np.inf, dtype=np.float32)
-        shifts, _ = _nearest(part, first_tables[0], first_tables[1])
+        shifts, _ = _nearest(part, how.first[0], how.first[1])
         for side in range(2):
-            first = shifts[:, side].copy()
-            points = _decode(first, first_tables[2])
-            _try(part, first, points, second_bits, gains, first_tables, ball_tables, best, errors)
+            origin = shifts[:, side].copy()
+            points = _decode(origin, how.first[2])
             gaps = part - points
-            order = _descending(gaps, neighbors)
-            for j in range(1, neighbors + 1):
-                moved = _moved(points, gaps, order, j)
-                beside = _nearest_e8p(moved, first_tables)
-                decoded = _decode(beside, first_tables[2])
-                _put_back(beside, decoded, moved, first, points)
-                _try(
-                    part,
-                    beside,
-                    decoded,
-                    second_bits,
-                    gains,
-                    first_tables,
-                    ball_tables,
-                    best,
-                    errors,
-                )
+            order = _descending(gaps, how.neighbors)
+            for j in range(how.neighbors + 1):
+                first, decoded = origin, points
+                if j:
+                    moved = _moved(points, gaps, order, j)
+                    first = _nearest_e8p(moved, how.first)
+                    decoded = _decode(first, how.first[2])
+                    _put_back(first, decoded, moved, origin, points)
+                _try(part, first, decoded, how, best, errors)
     return codes
 
 
-@njit(cache=True, nogil=True)
-def _try(
-    x: Floats,
-    first: Codes,
-    points: Floats,
-    second_bits: int,
-    gains: tuple[Any, Any],
-    first_tables: tuple[Codes, Floats, Floats],
-    ball_tables: tuple[Codes, Floats],
-    best: Codes,
-    errors: Floats,
-) -> None:
+@njit(cache=True, nogil=True, inline="always")
+def _try(x: Floats, first: Codes, points: Floats, how: Search, best: Codes, errors: Floats) -> None:
     """Put the second stage behind the first points; keep what is nearer to x than `best`."""
-    left = (x - points) * gains[0]
-    if second_bits == 8:
-        second = _nearest_ball(left, ball_tables[0])
+    left = (x - points) * how.gains[0]
+    if how.second_bits == 8:
+        second = _nearest_ball(left, how.ball[0])
     else:
-        second = _nearest_e8p(left, first_tables)
-        rest = _decode(second, first_tables[2])
+        second = _nearest_e8p(left, how.first)
+        rest = _decode(second, how.first[2])
     for v in range(x.shape[0]):
         error = np.float32(0)
         for i in range(8):
-            q2 = ball_tables[1][second[v], i] if second_bits == 8 else rest[v, i]
-            miss = points[v, i] + q2 * gains[1] - x[v, i]
+            q2 = how.ball[1][second[v], i] if how.second_bits == 8 else rest[v, i]
+            miss = points[v, i] + q2 * how.gains[1] - x[v, i]
             error += miss * miss
         if error < errors[v]:
             errors[v] = error
-            best[v] = first[v] << second_bits | second[v]
+            best[v] = first[v] << how.second_bits | second[v]
 
 
 @njit(cache=True, nogil=True)

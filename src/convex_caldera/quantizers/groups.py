@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 PER_ROW = 0
 PER_TENSOR = -1
@@ -81,7 +82,7 @@ def sliced_shape(shape: tuple[int, int], rows: slice) -> tuple[int, int]:
 
 def check_finite(x: Tensor, what: str) -> None:
     """NumericalError if x has NaN or infinite entries."""
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         count = int((~torch.isfinite(x)).sum())
         raise NumericalError(f"{what} has {count} NaN or infinite entries of {x.numel()}")
 
@@ -118,8 +119,10 @@ def check_columns(x: Tensor, shape: tuple[int, int], start: int, block: int) -> 
 
 def check_codes(codes: Tensor, size: int) -> None:
     """FormatError if a code is not one of 0 .. size - 1."""
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-        least, most = int(codes.min()), int(codes.max())
+    if not codes.numel():
+        return
+    least, most = (int(extreme) for extreme in torch.aminmax(codes))
+    if least < 0 or most >= size:
         raise FormatError(f"codes lie in 0 .. {size - 1}, got {least} .. {most}")
 
 
