@@ -37,7 +37,7 @@ class Parabola:
 
     def validation(self) -> float:
         self.evaluated.append(self.x.detach().clone())
-        return float((self.x - 1).square().mean())
+        return float((self.x - 1).square().mean().detach())
 
 
 LONG = Schedule(lr=0.05, epochs=5, patience=0)
