@@ -10,6 +10,7 @@ from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.fit.backfit import damp, downdated, fit_layer
 from convex_caldera.quantizers.e8p import E8P
 from convex_caldera.quantizers.uniform import Uniform
+from convex_caldera.recipes.convex import trellis_recipe
 from convex_caldera.recipes.lattice import caldera_recipe
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 from tests.examples import first
@@ -181,3 +182,20 @@ def test_damping_of_the_recipe_replaces_that_of_the_problem_once():
     assert damp(hessian, 0.5) is hessian
     assert damp(hessian, 0.1) is damp(hessian, 0.1)
     assert damp(hessian, 0.1).damping == 0.1
+
+
+def test_what_was_fitted_before_does_not_show_in_a_loss() -> None:
+    """The share of one problem's energy, whichever coordinates ask for it first."""
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(24, 40, generator=generator)
+    x = torch.randn(200, 40, generator=generator).double()
+    recipe = trellis_recipe(2.0)
+    names = {"seed": 0, "layer": "layer", "site": "site"}
+
+    def fresh() -> Problem:
+        return Problem(W, Hessian(x.T @ x / len(x)))
+
+    asked, shared = fresh(), fresh()
+    assert asked.energy > 0
+    first = [fit_layer(p, recipe, **names).relative_loss for p in (fresh(), asked, shared, shared)]
+    assert len(set(first)) == 1

@@ -130,5 +130,9 @@ class Problem:
     def moved(
         self, W: Tensor, hessian: Hessian, output: Hessian | None, groups: tuple[Hessian, ...]
     ) -> Problem:
-        """This problem in other coordinates or under other damping, of the same energy."""
-        return Problem(W, hessian, self.name, output, groups, self._energy)
+        """This problem in other coordinates or under other damping, of the same energy.
+
+        The energy is that of the first coordinates, whoever asks for it first: in others it has
+        other rounding errors, and records would depend on what was fitted before.
+        """
+        return Problem(W, hessian, self.name, output, groups, [self.energy])
