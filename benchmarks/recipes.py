@@ -81,7 +81,11 @@ def caldera_seconds(layer: dict[str, Any]) -> float:
 def beside_caldera(cells: list[dict[str, Any]], method: str) -> float:
     """Seconds of a method over those of CALDERA, summed over the cells that both have."""
     seconds = {
-        name: {(c["model"], c["budget_bits"]): c["seconds"] for c in cells if c["method"] == name}
+        name: {
+            (c["model"], c["budget_bits"]): c["seconds"]
+            for c in cells
+            if c["method"] == name and "seconds" in c
+        }
         for name in (method, "caldera")
     }
     both = [

@@ -123,10 +123,8 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         label = {path: name for name, path in names.items()}
         for entry in record["models"]:
             scores[label[entry["name"]]] = summary(entry, task) | scores[label[entry["name"]]]
-        for path in (kept / "parts").glob("*.json"):
-            part = json.loads(path.read_text())
-            if part["part"] == task:
-                items[label[part["model"]]][task] = part["record"]
+        for part in kept_parts(kept / "parts", task, limit):
+            items[label[part["model"]]][task] = part["record"]
     return {
         "model": options.model,
         "limit": {"blimp per paradigm": options.limit, "lambada": options.lambada},
@@ -142,6 +140,15 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"--tokens {options.tokens} "
         f"--lambada {options.lambada}" + (" --work DIR" if options.work else ""),
     }
+
+
+def kept_parts(folder: Path, task: str, limit: int) -> list[dict[str, Any]]:
+    """Finished scores of a task by rising number of items; those of a higher limit are left out."""
+    parts = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    found = [part for part in parts if part["part"] == task]
+    groups = [part["record"]["parts"] for part in found]
+    fitting = [p for p, g in zip(found, groups, strict=True) if len(g) <= limit * len(set(g))]
+    return sorted(fitting, key=lambda part: len(part["record"]["parts"]))
 
 
 def compressed(model: str, method: str, bits: float, text: str, folder: Path) -> str:
