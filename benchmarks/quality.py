@@ -168,7 +168,8 @@ def save(rows: list[dict], skipped: list[str], args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": f"python benchmarks/quality.py --data DATA --nsamples {args.nsamples} "
-        f"--seqlen {args.seqlen} --max-tokens {args.max_tokens}",
+        f"--seqlen {args.seqlen} --max-tokens {args.max_tokens}"
+        f"{' --work DIR' if args.work else ''}, methods and budgets as in the rows",
         "python": platform.python_version(),
         "nsamples": args.nsamples,
         "seqlen": args.seqlen,

@@ -19,7 +19,6 @@ import argparse
 import time
 
 import numpy as np
-from numpy.typing import NDArray
 
 from convex_caldera.quantizers import (
     Trellis,
@@ -59,22 +58,9 @@ def ratio(multiplier: int, state_bits: int, bits: int, tiles: int, survivors: in
         symbols = trellis_viterbi.search(x / scale, steps, table, state_bits, chained=False)
     else:
         symbols = trellis_beam.search(x / scale, steps, code, survivors)
-    states = states_of(symbols, steps, state_bits, laps=2 if exact else 1)
+    states = trellis_table.states_of(symbols, steps, state_bits, laps=2 if exact else 1)
     values = trellis_codes.computed_levels(code, states)
     return float(np.mean((x - scale * values) ** 2)) * 4.0**bits
-
-
-def states_of(
-    symbols: NDArray[np.uint8], steps: NDArray[np.int64], state_bits: int, laps: int
-) -> NDArray[np.uint32]:
-    """States of streams that start from 0 (one lap) or close on themselves (two laps)."""
-    state = np.zeros(len(symbols), np.uint64)
-    states = np.empty(symbols.shape, np.uint32)
-    for _ in range(laps):
-        for t, bits in enumerate(steps):
-            state = (state << np.uint64(bits) | symbols[:, t]) & np.uint64((1 << state_bits) - 1)
-            states[:, t] = state
-    return states
 
 
 def trained(state_bits: int, bits: float) -> tuple[float, float, float]:

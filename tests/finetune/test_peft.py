@@ -23,6 +23,19 @@ TOKENS = torch.arange(24).view(2, 12) * 7 % 320
 OPTIONS = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
 
+def five_steps(model: Any, tokens: torch.Tensor, *, labels: torch.Tensor, lr: float) -> list[float]:
+    """The loss before each of five steps on what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=lr), []
+    for _ in range(5):
+        loss = model(tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 @pytest.mark.slow
 def test_adapter_is_trained_saved_and_loaded(
     compressed: Callable[..., Output], tmp_path: Path
@@ -36,14 +49,7 @@ def test_adapter_is_trained_saved_and_loaded(
     torch.testing.assert_close(before, plain, rtol=1e-4, atol=1e-4)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2 * 2 * 2  # two factors of two layers in two blocks
-    optimizer = torch.optim.AdamW(trained, lr=0.05)
-    losses = []
-    for _ in range(5):
-        loss = model(TOKENS, labels=TOKENS).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = five_steps(model, TOKENS, labels=TOKENS, lr=0.05)
     assert losses[-1] < losses[0]
 
     model.save_pretrained(tmp_path / "adapter")
@@ -71,14 +77,7 @@ def test_a_classification_head_is_trained_and_saved_with_its_adapter(
 
     torch.manual_seed(0)
     model = attach(classifier(), task_type="SEQ_CLS", **OPTIONS)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, labels, losses = torch.optim.AdamW(trained, lr=0.01), torch.tensor([0, 1]), []
-    for _ in range(5):
-        loss = model(TOKENS + 1, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = five_steps(model, TOKENS + 1, labels=torch.tensor([0, 1]), lr=0.01)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "adapter")
     again = load_adapter(classifier(), tmp_path / "adapter")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.seeds import generator
 from convex_caldera.errors import NumericalError
+from convex_caldera.linalg.finite import all_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,7 @@ def sequence_gradients(
     """(layer, G_s) for every sequence and layer; labels are drawn from the model itself."""
     for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress):
         G = dy.T @ x
-        if not _all_finite(G):
+        if not all_finite(G):
             raise NumericalError(f"{name}: a gradient is NaN or infinite; check weights")
         yield name, G
 
@@ -151,7 +152,7 @@ def _backward(model: nn.Module, batch: Tensor, draw: torch.Generator) -> None:
     """Gradient of the summed negative log-likelihood of labels drawn from the model itself."""
     embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()  # type: ignore[operator]
     logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
-    if not _all_finite(logits):
+    if not all_finite(logits):
         raise NumericalError("the model's logits are NaN or infinite on the calibration text")
     labels = _drawn(logits.detach().flatten(0, 1), draw)
     nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
@@ -165,11 +166,6 @@ def _drawn(logits: Tensor, draw: torch.Generator) -> Tensor:
     return labels.clamp_max(logits.shape[-1] - 1)
 
 
-def _all_finite(x: Tensor) -> bool:
-    """One pass: a sum is NaN or infinite if a term is; one that overflows is looked at again."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-
-
 class _Tap:
     """Keeps what one layer reads on the way forward and its output's gradient on the way back."""
 
@@ -180,7 +176,7 @@ class _Tap:
         self.samples = range(0)
 
     def forward_hook(self, _: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        if not _all_finite(args[0]):
+        if not all_finite(args[0]):
             bad = ~torch.isfinite(args[0].reshape(len(self.samples), -1)).all(1)
             raise NumericalError(
                 f"{self.name}: activations are NaN or infinite in sample "

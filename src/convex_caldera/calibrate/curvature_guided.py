@@ -27,6 +27,7 @@ from convex_caldera.calibrate.curvature import token_gradients
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import row_slices
 from convex_caldera.errors import NumericalError, RecipeError
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.recipes.guided import group_count
 
 
@@ -97,7 +98,7 @@ class _Sums:
         self.moments = [torch.zeros(n, n) for _ in self.slices]
 
     def add(self, x: Tensor, dy: Tensor, name: str) -> None:
-        if not (torch.isfinite(dy).all() and torch.isfinite(x).all()):
+        if not (all_finite(dy) and all_finite(x)):
             raise NumericalError(f"{name}: a gradient is NaN or infinite; check weights")
         for moment, rows in zip(self.moments, self.slices, strict=True):
             weighted = x * dy[:, rows].square().mean(1, keepdim=True).sqrt()

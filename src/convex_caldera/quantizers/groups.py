@@ -162,6 +162,6 @@ def checked_tensor(
         raise FormatError(
             f"{name} must be {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
         )
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not all_finite(tensor):
         raise FormatError(f"{name} has NaN or infinite entries: altered file")
     return tensor

@@ -78,12 +78,16 @@ def _quantiles(count: int) -> torch.Tensor:
 
 
 def states_of(
-    symbols: NDArray[np.uint8], steps: NDArray[np.int64], state_bits: int
+    symbols: NDArray[np.uint8], steps: NDArray[np.int64], state_bits: int, laps: int = 1
 ) -> NDArray[np.int64]:
-    """States (chains, T) that symbols of K_t = steps[t] bits walk through from state 0."""
+    """States (streams, T) that symbols of K_t = steps[t] bits walk through from state 0.
+
+    With two laps those of streams that close on themselves.
+    """
     state = np.zeros(len(symbols), np.int64)
     states = np.empty(symbols.shape, np.int64)
-    for t, bits in enumerate(steps):
-        state = (state << bits | symbols[:, t]) & ((1 << state_bits) - 1)
-        states[:, t] = state
+    for _ in range(laps):
+        for t, bits in enumerate(steps):
+            state = (state << bits | symbols[:, t]) & ((1 << state_bits) - 1)
+            states[:, t] = state
     return states

@@ -30,6 +30,7 @@ from convex_caldera.calibrate.saved_curvature import (
 from convex_caldera.calibrate.text import fingerprint
 from convex_caldera.errors import NumericalError, RecipeError
 from convex_caldera.finetune.memory import keep_freed_memory
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.models.embeddings import without_embeddings
 from convex_caldera.models.original import load_original
 from convex_caldera.models.sites import Site
@@ -205,7 +206,7 @@ def kept_curvature(
 
 def _check_finite(model: Any) -> None:
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             bad = int((~torch.isfinite(parameter)).sum())
             raise NumericalError(
                 f"{name}: {bad} of {parameter.numel()} weights are NaN or infinite; "
