@@ -80,6 +80,7 @@ def run_budget(name: str, bits: float, args, folder: Path) -> list[dict]:
     for method in args.methods:
         out = output(folder, name, method, bits)
         row = {"model": Path(name).name, "budget_bits": bits, "method": method}
+        row |= {"nsamples": args.nsamples, "seqlen": args.seqlen}
         try:
             row |= run_cell(model, method, bits, calibration, out, args)
         except Exception as error:  # a failed cell is a row of the table
@@ -167,12 +168,10 @@ def merged(rows: list[dict], new: list[dict]) -> list[dict]:
 def save(rows: list[dict], skipped: list[str], args) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": f"python benchmarks/quality.py --data DATA --nsamples {args.nsamples} "
-        f"--seqlen {args.seqlen} --max-tokens {args.max_tokens}"
-        f"{' --work DIR' if args.work else ''}, methods and budgets as in the rows",
+        "command": f"python benchmarks/quality.py --data DATA --max-tokens {args.max_tokens}"
+        f"{' --work DIR' if args.work else ''}, methods, budgets, --nsamples and --seqlen "
+        "as in the rows",
         "python": platform.python_version(),
-        "nsamples": args.nsamples,
-        "seqlen": args.seqlen,
         "max_tokens": args.max_tokens,
         "skipped": skipped,
         "rows": rows,
