@@ -56,3 +56,17 @@ def test_next_token_loss_skips_the_first_token() -> None:
     log_q = logits[0, :3].log_softmax(-1)
     expected = -(log_q[0, 1] + log_q[1, 2] + log_q[2, 3]) / 3
     assert float(next_token_loss(logits, tokens)) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_products_are_rounded_in_training_only_and_only_where_that_is_faster(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles}, raising=False)
+    x, w = torch.randn(3, 8), torch.randn(5, 8)
+    with losses.mixed_precision(torch.device("cpu")):
+        assert torch.nn.functional.linear(x, w).dtype == (
+            torch.bfloat16 if tiles else torch.float32
+        )
+    with torch.no_grad(), losses.mixed_precision(torch.device("cpu")):
+        assert torch.nn.functional.linear(x, w).dtype == torch.float32
