@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.errors import DataError, NumericalError, RecipeError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 Numbers = float | Sequence[float]
 
@@ -43,7 +44,7 @@ def eigenbases(W: Sequence[Tensor], H: Sequence[Tensor | Hessian | None]) -> lis
     for g, (weight, hessian) in enumerate(zip(W, H, strict=True)):
         if weight.dim() != 2 or 0 in weight.shape:
             raise ShapeError(f"W[{g}] must be a non-empty matrix, got {tuple(weight.shape)}")
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise NumericalError(f"W[{g}] has NaN or infinite entries; repair the checkpoint")
         values = weight.double()
         if hessian is None:
@@ -63,7 +64,7 @@ def _eigen(hessian: Tensor | Hessian, name: str) -> tuple[Tensor, Tensor | None]
         return hessian.memo("eigen", lambda: _eigen(hessian.damped, hessian.name))
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ShapeError(f"{name} must be square, got {tuple(hessian.shape)}")
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise NumericalError(f"{name} has NaN or infinite entries; check the activations")
     matrix = 0.5 * (hessian + hessian.T).double()
     if torch.equal(matrix, torch.diag(matrix.diagonal())):

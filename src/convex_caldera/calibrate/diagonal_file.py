@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import FormatError, NumericalError, RecipeError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.models.aliases import known_alias
 
 # What torch's unpickler raises on a file that is refused, cut short or no torch file at all.
@@ -83,6 +84,6 @@ def _diagonal(path: Path, name: object, value: object) -> Tensor:
     if not isinstance(name, str) or not isinstance(value, Tensor) or value.dim() != 1:
         raise FormatError(f"{path}: entry {name!r:.80} is not a 1-D tensor under a name")
     values = value.double()
-    if not values.isfinite().all() or (values < 0).any():
+    if not all_finite(values) or (values < 0).any():
         raise NumericalError(f"{path}: {name} has NaN, infinite or negative entries")
     return values

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from convex_caldera.calibrate.statistics import InputStatistics, pack_symmetric
 from convex_caldera.errors import DataError, NumericalError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 # Of every so many samples one is kept for the search.
 FOLD = 3
@@ -104,7 +105,7 @@ class DriftAccumulator:
             self._sums[part, 2] += q.T @ q
             self._absolute += q.abs().sum(0, dtype=torch.float64)
             self._tokens[part] += len(f)
-        if not torch.isfinite(self._sums.diagonal(dim1=-2, dim2=-1)).all():
+        if not all_finite(self._sums.diagonal(dim1=-2, dim2=-1)):
             raise NumericalError(
                 f"{self.name}: inputs of the compressed model are NaN or infinite in samples "
                 f"{samples.start} to {samples.stop - 1}; use --targets original"

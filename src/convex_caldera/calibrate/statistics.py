@@ -102,7 +102,7 @@ class InputAccumulator:
         for chunk in rows.split(_CHUNK_ROWS):
             self._second += chunk.T @ chunk
         self.num_tokens += len(rows)
-        if not torch.isfinite(self._second.diagonal()).all():
+        if not all_finite(self._second.diagonal()):
             raise NumericalError(
                 f"{self.name}: squares of activations exceed float32 in samples "
                 f"{samples.start} to {samples.stop - 1} (greatest |x| {rows.abs().max():.3e})"

@@ -42,6 +42,7 @@ from convex_caldera.core.problem import Problem
 from convex_caldera.core.terms import Coded, Dense, LowRank
 from convex_caldera.errors import NumericalError, RecipeError, ShapeError
 from convex_caldera.fit.low_rank import fit_low_rank
+from convex_caldera.linalg.finite import all_finite
 
 NEAR = 2  # widths on offer on each side of b*
 
@@ -175,7 +176,7 @@ def _second_moment(data: Tensor, n: int, device: str | torch.device) -> Tensor:
     if data.dim() < 2 or data.shape[-1] != n or data.numel() == 0:
         raise ShapeError(f"calibration_data must be (tokens, {n}), got {tuple(data.shape)}")
     X = data.detach().to(device).reshape(-1, n).double()
-    if not torch.isfinite(X).all():
+    if not all_finite(X):
         row = int((~torch.isfinite(X)).any(dim=1).nonzero()[0])
         raise NumericalError(f"calibration_data has NaN or infinite entries, first at row {row}")
     return X.T @ X / len(X)

@@ -24,6 +24,7 @@ from convex_caldera.core.terms import Coded, Dense
 from convex_caldera.errors import NumericalError
 from convex_caldera.fit.rounding import round_ldlq
 from convex_caldera.linalg.factor import block_ldl, block_unit_upper
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.quantizers.groups import PER_ROW, PER_TENSOR
 from convex_caldera.quantizers.uniform import Uniform
 
@@ -113,7 +114,7 @@ def round_group(target: Tensor, group: Columns, how: Format) -> tuple[Coded | De
     """
     if how.bits == DENSE_BITS:
         dense = Dense(target.half())
-        if not torch.isfinite(dense.values).all():
+        if not all_finite(dense.values):
             raise NumericalError("entries exceed float16; leave 16 out of discrete_bits")
         return dense, dense.decode()
     fitted = how.quantizer.fit(target, importance=group.D.diagonal())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convex_caldera.core.terms import CompressedLayer
 from convex_caldera.errors import DataError, NumericalError, RecipeError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 MEGABYTE = 1e6
 RANK_TOLERANCE = 1e-6
@@ -125,7 +126,7 @@ def compute_singular_values(W: Tensor, count: int | None = None) -> Tensor:
     """The largest `count` singular values (all by default), descending, float64."""
     if W.dim() != 2:
         raise ShapeError(f"singular values are of a matrix, got {tuple(W.shape)}")
-    if not torch.isfinite(W).all():
+    if not all_finite(W):
         raise NumericalError("the matrix has NaN or infinite entries")
     values: Tensor = torch.linalg.svdvals(W.double())
     return values[:count]

@@ -31,6 +31,7 @@ from convex_caldera.fit.rounding import (
     round_two_sided,
 )
 from convex_caldera.linalg.factor import block_unit_upper
+from convex_caldera.linalg.finite import all_finite
 
 # Rows rounded together under a two-sided curvature: a trellis tile, and enough for one GEMM.
 TILE_ROWS = 16
@@ -292,6 +293,6 @@ def dense_factors(left: Tensor, right: Tensor) -> LowRank:
     """
     share = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
     halves = (left * share).half(), (right / share[:, None]).half()
-    if not all(torch.isfinite(half).all() for half in halves):
+    if not all(map(all_finite, halves)):
         raise NumericalError("low-rank factors exceed float16; rescale the weight or code them")
     return LowRank(Dense(halves[0]), Dense(halves[1]))

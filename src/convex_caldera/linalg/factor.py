@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convex_caldera.errors import NumericalError, ShapeError
+from convex_caldera.linalg.finite import all_finite
 
 
 def checked_cholesky(A: Tensor, name: str) -> Tensor:
@@ -29,7 +30,7 @@ def checked_cholesky(A: Tensor, name: str) -> Tensor:
     _check_square(A, name)
     L: Tensor
     L, info = torch.linalg.cholesky_ex(A.double())
-    if int(info) != 0 or not torch.isfinite(L.diagonal()).all():
+    if int(info) != 0 or not all_finite(L.diagonal()):
         raise NumericalError(_indefinite(A.double(), name))
     return L
 
@@ -100,7 +101,7 @@ def _check_square(A: Tensor, name: str) -> None:
 
 def _indefinite(A: Tensor, name: str) -> str:
     """Why A has no Cholesky factor and which damping would give it one."""
-    if not torch.isfinite(A).all():
+    if not all_finite(A):
         return f"{name}: NaN or infinite entries, so no Cholesky factor; check the activations"
     spectrum = torch.linalg.eigvalsh(A)
     least, most = spectrum[0].item(), spectrum[-1].item()

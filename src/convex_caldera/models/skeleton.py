@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from convex_caldera.errors import ModelError, NumericalError
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.models.architectures import auto_class, reads_images
 from convex_caldera.models.checkpoint import Checkpoint
 from convex_caldera.models.embeddings import EmbeddingSite, find_embeddings
@@ -201,7 +202,7 @@ class Skeleton:
         if live is not None:
             return live
         values = self._value(source).to(self.device, self.dtype)
-        if not torch.isfinite(values).all():
+        if not all_finite(values):
             bad = int((~torch.isfinite(values)).sum())
             raise NumericalError(
                 f"{source}: {bad} of {values.numel()} weights are NaN or infinite; "

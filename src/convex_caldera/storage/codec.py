@@ -28,6 +28,7 @@ from convex_caldera.core.protocols import (
 from convex_caldera.core.recipe import Quantize, Recipe
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import FormatError, RecipeError
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.recipes.records import from_record
 from convex_caldera.storage.lending import Lend, borrowed, stored_decoder
 from convex_caldera.storage.spec import (
@@ -253,7 +254,7 @@ def _stored_coded(
 
 def _finite(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise FormatError(f"{name!r} holds NaN or infinite numbers")
     return tensors
 

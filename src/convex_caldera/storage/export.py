@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from convex_caldera.errors import NumericalError, RecipeError
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.storage.files import Bytes, file_chunks, require_free_space, write_atomically
 from convex_caldera.storage.layers import MAX_SHARD_BYTES
 from convex_caldera.storage.read import Container, open_container
@@ -85,7 +86,7 @@ def _write_weights(
         if info.name in container.rest:
             return container.raw(info.name)
         weight = container.layer(info.name.removesuffix(".weight")).decode().to(dtype)
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise NumericalError(f"{info.name}: exceeds {dtype}; export as bfloat16 instead")
         return tensor_bytes(weight)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from convex_caldera.core.protocols import Quantizer
 from convex_caldera.errors import FormatError
+from convex_caldera.linalg.finite import all_finite
 from convex_caldera.quantizers.neural import check_borrowed, neural_part
 
 Lend = Callable[[str], Mapping[str, Tensor]]  # layer -> tensors of the decoder that it stores
@@ -32,7 +32,7 @@ def borrowed(quantizer: Quantizer, lend: Lend | None) -> dict[str, Tensor]:
     lent = lend(neural.home)
     check_borrowed(lent, neural.borrows, neural.home)
     for name, tensor in lent.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise FormatError(f"{neural.home}: {name!r} holds NaN or infinite numbers")
     return {prefix + name: tensor for name, tensor in lent.items()}
 
