@@ -2,6 +2,7 @@
 
     python benchmarks/finetune.py [--data DIR] [--models bundled ...] [--bits 2.02 2.2]
                                   [--methods caldera convex-caldera] [--work DIR] [--ranks 16 64]
+                                  [--train scales,codebooks,norms]
                                   [--out benchmarks/results/finetune.json]
 
 A cell compresses a model, tunes it block by block, then as a whole, each phase from the directory
@@ -10,8 +11,9 @@ training has seen. `won_back` is the share of the lost quality: 1 - KL after / K
 same of the perplexity above the original's. `--ranks R S` adds the question of RILQ at equal
 bytes: rank R, trained and so kept in 16 bits, against rank S = 4 R in 4 bits, untrained.
 
-`untuned at that size` is the control: the same method given the bytes that the tuned model takes,
-since trained factors and vectors are kept in 16 bits.
+`untuned at that size` is the control where files grow, as trained factors and vectors are kept in
+16 bits: the same method given the bytes that the tuned model takes. Scales, codebooks and norms
+stay as large as they were, so that `before` is their control.
 
 Folders under --work are reused, so that cells can be run one by one; rows of --out are replaced by
 those with the same name. CPU seconds are those of the process, whatever else the machine did.
@@ -39,7 +41,7 @@ from convex_caldera.workflow.evaluating import evaluate_models
 from convex_caldera.workflow.finetuning import finetune_to
 from convex_caldera.workflow.progress import Lines
 from convex_caldera.workflow.settings import make_settings
-from convex_caldera.workflow.tuning_settings import make_tune_settings
+from convex_caldera.workflow.tuning_settings import DEFAULT_PARTS, make_tune_settings
 
 # model -> texts to calibrate on, to train on, to evaluate on; paths are below --data.
 CASES = {
@@ -55,7 +57,7 @@ CASES = {
         "text/wikipedia_en_2018_valid.txt",
     ),
 }
-PARTS = "lowrank,signs,norms"
+PARTS = ",".join(DEFAULT_PARTS)
 
 
 def timed(work, *arguments, **options) -> dict:
@@ -138,17 +140,16 @@ def run_cell(name: str, method: str, bits: float, args) -> list[dict]:
     calibration, trained_on, held_out = (located(text, args.data) for text in CASES[name])
     model, short = located(name, args.data), Path(name).name
     folder = args.work / f"{short}-{method}-{bits:g}"
-    made = compressed(model, calibration, method, bits, folder / "before")
-    phases = [made]
-    last = folder / "before"
+    phases = [compressed(model, calibration, method, bits, folder / "before")]
+    done = [folder / "before"]
     for scope in ("block", "model"):
-        out = folder / scope
-        phases.append(tuned(last, out, scope, model, trained_on, args.train, args))
-        last = out
-    done = [folder / p for p in ("before", "block", "model")]
-    if args.control:
-        size = open_container(last, verify=False).sizes().bits_per_compressed_weight
-        done.append(folder / "control")
+        out = folder / f"{scope}-{args.train.replace(',', '-')}"
+        phases.append(tuned(done[-1], out, scope, model, trained_on, args.train, args))
+        done.append(out)
+    before, after = (open_container(out, verify=False).sizes() for out in (done[0], done[-1]))
+    if after.compressed_bytes > before.compressed_bytes:
+        done.append(folder / f"control-{args.train.replace(',', '-')}")
+        size = after.bits_per_compressed_weight
         phases.append(compressed(model, calibration, method, size, done[-1]))
     rows = evaluated(done, model, held_out, args)
     won_back(rows)
@@ -178,6 +179,7 @@ def run_ranks(name: str, ranks: tuple[int, int], bits: float, args) -> list[dict
               f"rank {ranks[0]} trained, 16-bit factors")  # fmt: skip
     method = f"caldera ranks {ranks[0]}/{ranks[1]}"
     cell = {"model": short, "method": method, "budget_bits": bits, **training(args)}
+    cell["train"] = "lowrank"
     return [
         cell | {"phase": label} | row | more
         for label, row, more in zip(labels, rows, ({}, *made, spent), strict=True)
@@ -187,9 +189,9 @@ def run_ranks(name: str, ranks: tuple[int, int], bits: float, args) -> list[dict
 def table(rows: list[dict]) -> str:
     """Markdown, one line per phase."""
     lines = [
-        "| model | method | phase | bits/weight | perplexity | KL | top-1 | won back (KL) "
-        "| won back (ppl) | steps | CPU s | s | MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | method | trained | phase | bits/weight | perplexity | KL | top-1 "
+        "| won back (KL) | won back (ppl) | steps | CPU s | s | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "error" in r:
@@ -201,7 +203,8 @@ def table(rows: list[dict]) -> str:
                  ("steps", "cpu_seconds", "seconds", "peak_memory_mb")]  # fmt: skip
         bits = f"{r['bits']:.3f}" if "bits" in r else "-"
         lines.append(
-            f"| {r['model']} | {r['method']} {r['budget_bits']:g} | {r['phase']} | {bits} "
+            f"| {r['model']} | {r['method']} {r['budget_bits']:g} | {r['train']} | {r['phase']} "
+            f"| {bits} "
             f"| {r['perplexity']:.3f} ± {r['perplexity_stderr']:.3f} "
             f"| {r['kl']:.5f} ± {r['kl_stderr'] or 0:.5f} | {100 * r['top1_agreement']:.2f} % "
             f"| {' | '.join(share + spent)} |"
@@ -209,11 +212,15 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cell(row: dict) -> tuple:
+    return row["model"], row["method"], row["budget_bits"], row.get("train")
+
+
 def save(new: list[dict], skipped: list[str], args) -> None:
     """Replace the rows of the same cells in --out, and write its Markdown twin."""
     old = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
-    keys = {(r["model"], r["method"], r["budget_bits"]) for r in new}
-    rows = [r for r in old if (r["model"], r["method"], r["budget_bits"]) not in keys] + new
+    keys = {_cell(row) for row in new}
+    rows = [row for row in old if _cell(row) not in keys] + new
     record = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -241,7 +248,6 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--epochs", nargs=2, type=float, default=[1.0, 1.0], help="block, model")
     parser.add_argument("--lr", nargs=2, type=float, default=[2e-3, 5e-3], help="block, model")
-    parser.add_argument("--no-control", dest="control", action="store_false")
     parser.add_argument("--time-budget", type=float, default=None)
     parser.add_argument("--max-tokens", type=int, default=40_000)
     parser.add_argument("--work", type=Path, default=None, help="kept and reused; else temporary")
@@ -261,7 +267,7 @@ def main() -> None:
             try:
                 rows = job(*what, args)
             except ConvexCalderaError as error:  # a cell that cannot be made is a row of the table
-                rows = [{"model": Path(name).name, "method": str(what[1]),
+                rows = [{"model": Path(name).name, "method": str(what[1]), "train": args.train,
                          "budget_bits": what[2], "error": str(error)}]  # fmt: skip
             print(table(rows), flush=True)
             save(rows, skipped, args)

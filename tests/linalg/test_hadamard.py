@@ -155,13 +155,15 @@ def test_rotate_keeps_dtype_and_argument(dtype: torch.dtype) -> None:
     assert torch.allclose(y.double(), exact, atol=4 * torch.finfo(dtype).eps, rtol=1e-2)
 
 
-def test_rotate_is_differentiable_even_if_first_used_in_inference() -> None:
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotate_is_differentiable_even_if_first_used_in_inference(inverse: bool) -> None:
     hadamard._base_tensor.cache_clear()
     hadamard._sylvester_tensor.cache_clear()
     with torch.inference_mode():
         rotate(torch.ones(44, dtype=torch.float64))
     x = torch.randn(2, 44, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(rotate, (x,))
+    assert torch.autograd.gradcheck(rotate, (x, inverse))
+    assert torch.autograd.gradgradcheck(rotate, (x, inverse))
 
 
 def test_rotate_of_a_strided_view_equals_that_of_its_copy() -> None:

@@ -32,7 +32,7 @@ class TuneOptions:
         str | None,
         typer.Option(
             help="Parts, such as lowrank,signs: lowrank, lora, dora, signs, scales, codebooks, "
-            "norms. Default lowrank,signs,norms."
+            "norms. Default scales,codebooks,norms: no byte more in the file."
         ),
     ] = None
     loss: Annotated[

@@ -1,12 +1,13 @@
 """A compressed linear layer in training: y = b * ( (Q + L R) (a * x) ) + bias.
 
-    Q   everything frozen, decoded once outside of autograd (or again in every pass, if the
-        decoded weights of the model do not fit into memory)
+    Q   everything else, decoded once (or again in every pass, if the decoded weights of the
+        model do not fit into memory)
     L R the trained factors, moved outside of the transforms
     a   input diagonal, b output diagonal or DoRA's m / ||V_i||, V = Q + L R (norm detached)
 
-so that the backward pass goes through the factors and diagonals only: no gradient of a whole
-weight is made unless scales or codebooks are trained, of which Q is then a function.
+so that the backward pass goes through the factors and diagonals only. Where scales or codebooks
+are trained Q is a function of them: then it is decoded in every pass, and the gradient of a whole
+weight is made, of one layer at a time.
 
 Source: DoRA, arXiv 2402.09353; CALDERA, arXiv 2405.18886 (a part of the components in 16 bits).
 """
@@ -78,7 +79,7 @@ class TunableLinear(nn.Module):
         for key, each in self.tuned.items():
             self.register_parameter(f"phi_{key}", each.phi)
         keep = cached and not self._coded
-        self.register_buffer("frozen", self._frozen() if keep else None, persistent=False)
+        self.register_buffer("frozen", self._decode() if keep else None, persistent=False)
 
     # --- what is trained -------------------------------------------------------------------
 
@@ -164,26 +165,40 @@ class TunableLinear(nn.Module):
         return y.to(x.dtype)
 
     def _frozen_product(self, h: Tensor) -> Tensor:
-        if self._coded:
-            return nn.functional.linear(h, self._frozen().to(h.device))
         if self.frozen is not None:
             return nn.functional.linear(h, self.frozen)
-        return _DecodedProduct.apply(h, lambda: self._frozen().to(h.device))
+        return _DecodedProduct.apply(h, self._decode, *self._fields())
 
-    def _frozen(self) -> Tensor:
-        """Everything but the trained factors, outside; differentiable in scales and codebooks."""
-        terms = [self._term(i) for i in range(len(self._terms)) if i not in self._factors]
+    def _fields(self) -> list[Tensor]:
+        """Values of the trained scales and codebooks."""
+        return [
+            self.tuned[f"{field}_{i}"].value()
+            for i, fields in self._coded.items()
+            for field in fields
+        ]
+
+    @torch.autocast("cpu", enabled=False)  # rotations in bfloat16 would round the weight itself
+    def _decode(self, *fields: Tensor) -> Tensor:
+        """Everything but the trained factors, outside, with these scales and codebooks in it."""
+        given = iter(fields)
+        changed = {
+            i: {name: next(given).cpu() for name in names} for i, names in self._coded.items()
+        }
+        terms = [
+            self._with_fields(i, changed.get(i, {}))
+            for i in range(len(self._terms))
+            if i not in self._factors
+        ]
         W = sum_terms(terms, self.original.shape)
         for transform in reversed(self.transforms):
             W = transform.invert(W)
         return W
 
-    def _term(self, i: int) -> Term:
+    def _with_fields(self, i: int, values: dict[str, Tensor]) -> Term:
         term = self._terms[i]
-        if i not in self._coded:
+        if not values:
             return term
         assert isinstance(term, Coded)
-        values = {field: self.tuned[f"{field}_{i}"].value().cpu() for field in self._coded[i]}
         return replace(term, fitted=with_fields(term.fitted, values))
 
     def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
@@ -209,7 +224,9 @@ class TunableLinear(nn.Module):
         if factors or self._coded:
             assert self.magnitude_scale is not None
             with torch.no_grad():
-                V = self._frozen().to(ratio.device) if self.frozen is None else self.frozen
+                V = self.frozen
+                if V is None:
+                    V = self._decode(*self._fields()).to(ratio.device)
                 for left, right in factors:
                     V = V + left @ right
                 norms = self._row_norms(V)
@@ -276,14 +293,28 @@ def _away_from_zero(values: Tensor) -> Tensor:
 
 
 class _DecodedProduct(torch.autograd.Function):
-    """h W^T for a constant W that is decoded in the forward and again in the backward pass."""
+    """h W(fields)^T with W decoded in the forward and again in the backward pass.
+
+    So that of all decoded weights and of all their gradients only those of one layer are there.
+    """
 
     @staticmethod
-    def forward(context: Any, h: Tensor, decode: Callable[[], Tensor]) -> Tensor:
+    def forward(context: Any, h: Tensor, decode: Callable[..., Tensor], *fields: Tensor) -> Tensor:
         context.decode = decode
-        return nn.functional.linear(h, decode().to(h.dtype))
+        context.save_for_backward(h if fields else h[:0], *fields)
+        return nn.functional.linear(h, decode(*fields).to(h.device, h.dtype))
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        return gradient @ context.decode().to(gradient.dtype), None
+        (g,) = gradients
+        h, *fields = context.saved_tensors
+        leaves = [field.detach().requires_grad_() for field in fields]
+        with torch.enable_grad():
+            W = context.decode(*leaves)
+        towards_h = g @ W.detach().to(g.device, g.dtype)
+        if not fields:
+            return towards_h, None
+        towards_W = g.flatten(0, -2).T @ h.flatten(0, -2).to(g.dtype)
+        towards_W = towards_W.to(W.device, W.dtype)
+        found = torch.autograd.grad(W, leaves, towards_W, allow_unused=True)
+        return (towards_h, None, *found)

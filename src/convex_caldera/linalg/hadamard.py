@@ -36,7 +36,7 @@ from __future__ import annotations
 
 from functools import cache, lru_cache
 from math import isqrt, sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -91,6 +91,23 @@ def rotate(x: Tensor, inverse: bool = False) -> Tensor:
     Cost: 2 n (b + sum of Sylvester block orders <= 64) flops a vector, b the base order, at
     matrix-product speed.
     """
+    return _Rotation.apply(x, inverse)
+
+
+class _Rotation(torch.autograd.Function):
+    """The transpose takes gradients back: the same products, not one for every row of a batch."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, inverse: bool) -> Tensor:
+        context.inverse = inverse
+        return _rotated(x, inverse)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return rotate(gradients[0], not context.inverse), None
+
+
+def _rotated(x: Tensor, inverse: bool) -> Tensor:
     n = x.shape[-1] if x.dim() else 0
     kind, order = base_order(n)
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

@@ -13,7 +13,7 @@ from convex_caldera.finetune.schedule import Schedule
 from convex_caldera.finetune.tasks import TaskFields
 
 Scope = Literal["block", "model", "both"]
-DEFAULT_PARTS = ("lowrank", "signs", "norms")
+DEFAULT_PARTS = ("scales", "codebooks", "norms")  # no byte more in the file
 
 
 class TuneSettings(BaseModel):
