@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank
+from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, sum_terms
 from convex_caldera.errors import RecipeError
 from convex_caldera.finetune.factors import outer_left, outer_right, split
 from convex_caldera.finetune.parts import PARTS, Wish, as_stored, tuned
 from convex_caldera.finetune.place import Trained
-from convex_caldera.finetune.tunable import TunableLinear
+from convex_caldera.finetune.tunable import TunableLinear, on_device
 from convex_caldera.storage.codec import layer_from_tensors, layer_to_tensors
 from tests.finetune.making import BUILDS, SHAPE, build, inputs, weight
 
@@ -191,3 +191,10 @@ def test_units_are_powers_of_two_and_rounding_is_exact() -> None:
 def test_impossible_wishes_are_refused(parts: tuple[str, ...], rank: int) -> None:
     with pytest.raises(RecipeError):
         Wish(parts, rank)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_terms_on_a_device_decode_to_the_same(name: str) -> None:
+    layer = build(name)
+    moved = on_device(layer.terms, layer.shape, torch.device("cpu"))
+    assert torch.equal(sum_terms(moved, layer.shape), sum_terms(list(layer.terms), layer.shape))

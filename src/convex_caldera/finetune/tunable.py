@@ -14,7 +14,7 @@ Source: DoRA, arXiv 2402.09353; CALDERA, arXiv 2405.18886 (a part of the compone
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,12 @@ from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Te
 from convex_caldera.finetune.factors import outer_left, outer_right, split
 from convex_caldera.finetune.parts import Tuned, Wish, half_dtype, tuned
 from convex_caldera.finetune.quantizer_fields import trainable_fields, with_fields
+from convex_caldera.quantizers.neural import fitted_core
+from convex_caldera.storage.codec import layer_from_tensors, layer_to_tensors
 from convex_caldera.transforms.diagonal import Diagonal, FittedDiagonal
 from convex_caldera.transforms.hadamard import RandomizedHadamard
 
+CPU = torch.device("cpu")
 LEAST_DIAGONAL = 2.0**-10  # |entries| of a stored diagonal; 0 has no inverse
 
 
@@ -70,6 +73,7 @@ class TunableLinear(nn.Module):
         self.tuned: dict[str, Tuned] = {}
         self.storing = False
         self.transforms, self._start = _outer_diagonals(layer)
+        self._moved: tuple[list[Term], torch.device] | None = None
         self._terms: list[Term] = list(layer.terms)
         self._factors: list[int] = []  # which terms are trained low-rank ones
         self._coded: dict[int, list[str]] = {}  # term -> trained fields of its quantizer
@@ -180,13 +184,12 @@ class TunableLinear(nn.Module):
     @torch.autocast("cpu", enabled=False)  # rotations in bfloat16 would round the weight itself
     def _decode(self, *fields: Tensor) -> Tensor:
         """Everything but the trained factors, outside, with these scales and codebooks in it."""
-        given = iter(fields)
-        changed = {
-            i: {name: next(given).cpu() for name in names} for i, names in self._coded.items()
-        }
+        all_terms, device = self._terms_here()
+        given = (field.to(device) for field in fields)
+        changed = {i: {name: next(given) for name in names} for i, names in self._coded.items()}
         terms = [
-            self._with_fields(i, changed.get(i, {}))
-            for i in range(len(self._terms))
+            _with_fields(term, changed.get(i, {}))
+            for i, term in enumerate(all_terms)
             if i not in self._factors
         ]
         W = sum_terms(terms, self.original.shape)
@@ -194,12 +197,15 @@ class TunableLinear(nn.Module):
             W = transform.invert(W)
         return W
 
-    def _with_fields(self, i: int, values: dict[str, Tensor]) -> Term:
-        term = self._terms[i]
-        if not values:
-            return term
-        assert isinstance(term, Coded)
-        return replace(term, fitted=with_fields(term.fitted, values))
+    def _terms_here(self) -> tuple[list[Term], torch.device]:
+        """The terms and where they are: beside what is trained, unless a decoder is shared."""
+        device = next((each.phi.device for each in self.tuned.values()), CPU)
+        coded = [term for term in self._terms if isinstance(term, Coded)]
+        if device == CPU or any(fitted_core(term.fitted) is not None for term in coded):
+            return self._terms, CPU
+        if self._moved is None or self._moved[1] != device:
+            self._moved = on_device(self._terms, self.original.shape, device), device
+        return self._moved
 
     def _outer_factors(self) -> list[tuple[Tensor, Tensor]]:
         pairs = [(self.tuned[f"left_{i}"], self.tuned[f"right_{i}"]) for i in self._factors]
@@ -271,6 +277,20 @@ class TunableLinear(nn.Module):
         sides = [None if d is None else d.to("cpu", torch.float16) for d in (a, b)]
         transform = Diagonal(inputs=a is not None, outputs=b is not None)
         return (FittedDiagonal(transform, self.original.shape, *sides), *self.transforms)
+
+
+def on_device(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> list[Term]:
+    """The same terms with all of their tensors on a device."""
+    spec, tensors = layer_to_tensors(CompressedLayer(shape, tuple(terms), ()))
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return list(layer_from_tensors(spec, moved).terms)
+
+
+def _with_fields(term: Term, values: Mapping[str, Tensor]) -> Term:
+    if not values:
+        return term
+    assert isinstance(term, Coded)
+    return replace(term, fitted=with_fields(term.fitted, values))
 
 
 def _outer_diagonals(
