@@ -172,3 +172,10 @@ def test_pins_and_ignored_layers_are_obeyed(
     (q,) = [layer for name, layer in layers.items() if "q_proj" in name]
     (down,) = [layer for name, layer in layers.items() if "down_proj" in name]
     assert 2 <= q["bits"] < 3 and 6 <= down["bits"] < 7
+
+
+@pytest.mark.parametrize("coder", [None, "rans"])
+def test_a_plan_says_that_a_coder_will_save_more(wide: Path, text: Path, coder: str | None) -> None:
+    found = estimate(make(wide, "scl-lloyd-max", text, bits=4, coder=coder))
+    assert [note.partition(" ")[0] for note in found.notes] == (["codes"] if coder else [])
+    assert ("note: codes" in found.text()) == bool(coder)

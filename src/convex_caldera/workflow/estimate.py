@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,8 @@ class Estimate:
     original_bytes: int
     all_weights: int
     memory: dict[str, int]
-    whole_model_in_memory: bool
     calibration_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -61,6 +61,7 @@ class Estimate:
             "budget_bytes": self.plan.budget.compressed_bytes if self.plan.budget else None,
             "peak_memory_bytes": self.peak_memory_bytes,
             "memory": self.memory,
+            "notes": list(self.notes),
             "disk_bytes_while_running": self.plan.compressed_bytes
             + self.file_bytes
             + self.calibration_bytes,
@@ -93,8 +94,7 @@ class Estimate:
             f"peak memory about {self.peak_memory_bytes / 1e6:,.0f} MB: "
             + ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in self.memory.items()),
         ]
-        if self.whole_model_in_memory:
-            lines.append("note: transformers converts this checkpoint; it is held whole in memory")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -119,9 +119,19 @@ def estimate(settings: Settings) -> Estimate:
         source.checkpoint.stored_bytes,
         sum(math.prod(shape) for shape in source.checkpoint.shapes().values()),
         _memory(settings, skeleton, parts),
-        skeleton.whole_model,
         _calibration_bytes(settings, parts),
+        tuple(_notes(settings, skeleton)),
     )
+
+
+def _notes(settings: Settings, skeleton: Skeleton) -> Iterator[str]:
+    if settings.coder is not None:
+        yield (
+            f"codes are counted at fixed width, which {settings.coder} does not exceed; what it "
+            "saves is known once layers are fitted, and spent on finer codes within the budget"
+        )
+    if skeleton.whole_model:
+        yield "transformers converts this checkpoint; it is held whole in memory"
 
 
 def _calibration_bytes(settings: Settings, sites: Sequence[Site]) -> int:
