@@ -11,8 +11,7 @@ from convex_caldera.coding.rans import Rans
 from convex_caldera.coding.symbols import symbol_bits
 from convex_caldera.core.protocols import Quantizer, RateLimited
 from convex_caldera.errors import RecipeError
-from convex_caldera.quantizers import ECSQ, ECVQ, ClippedUniform, KMeans, LloydMax
-from convex_caldera.quantizers import kmeans as kmeans_module
+from convex_caldera.quantizers import ECSQ, ECVQ, ClippedUniform, KMeans, LloydMax, codebooks
 from convex_caldera.quantizers.scalar_levels import Points, best_levels, lloyd
 
 # Mean squared errors on N(0, 1): Max 1960, table I; two bits of entropy at high-rate theory's
@@ -110,11 +109,34 @@ def test_samples_hold_the_extremes() -> None:
         assert abs(decoded[3, 5] - 40) < 8 and abs(decoded[60, 255] + 55) < 8
 
 
-def test_compiled_search_equals_all_differences() -> None:
-    x, weights = gaussian(777, 3), torch.rand(7, 3, generator=torch.Generator().manual_seed(1))
-    book, bias = gaussian(33, 3, seed=2), torch.rand(33) / 4
-    one = kmeans_module.nearest(x, weights, book, bias)
-    assert torch.equal(one, kmeans_module.nearest_plain(x, weights, book, bias))
+@pytest.mark.parametrize("dim", [1, 2, 3, 8])
+def test_compiled_search_equals_all_differences(dim: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    x, weights = gaussian(777, dim), torch.rand(7, dim, generator=random)
+    book, bias = gaussian(33, dim, seed=2), torch.rand(33, generator=random) / 4
+    book[20], bias[20] = book[5], bias[5]  # of two alike the first is taken
+    one = codebooks.nearest(x, weights, book, bias)
+    assert torch.equal(one, codebooks.nearest_plain(x, weights, book, bias))
+
+
+def test_entropy_constrained_vectors_beat_scalars_as_stored() -> None:
+    W, quantizer = gaussian(512, 1024), ECVQ(2.0, 2)
+    fitted = quantizer.fit(W)
+    codes = fitted.encode(W)
+    stream = Rans(symbol_bits(quantizer)).encode(fitted.pack(codes))
+    assert 1.98 <= 8 * stream.numel() / W.numel() <= 2.0
+    assert (fitted.decode(codes) - W).square().mean() <= 0.995 * ECSQ_2
+
+
+def test_wider_steps_keep_what_was_learned_and_lower_the_rate() -> None:
+    W = gaussian(128, 256)
+    for quantizer in (ECSQ(2.0), ECVQ(2.0, 2)):
+        fitted = quantizer.fit(W)
+        wide = fitted.widened(2.0)
+        assert float(wide.scales) == pytest.approx(2 * float(fitted.scales), rel=1e-3)
+        coder = Rans(symbol_bits(quantizer))
+        sizes = [coder.encode(f.pack(f.encode(W))).numel() * 8 / W.numel() for f in (fitted, wide)]
+        assert 0.7 < sizes[0] - sizes[1] < 1.1
 
 
 def test_codewords_that_lose_their_points_are_put_to_use() -> None:

@@ -128,11 +128,20 @@ class RateLimited(Protocol):
     """A quantizer whose codes are meant for an entropy coder, and how long they may then be.
 
     Its fixed-width codes are wider than its rate. `fit` chooses levels so that the coded codes
-    of nearest rounding take at most `most_coded_bytes`; drivers that round otherwise must check.
+    of nearest rounding take at most `most_coded_bytes`; drivers that round otherwise must check,
+    and make what was fitted coarser by its `widened`.
     """
 
     def most_coded_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes that the entropy-coded codes of a matrix may take, before any data is seen."""
+
+
+@runtime_checkable
+class Widens(Protocol):
+    """What a `RateLimited` quantizer fits."""
+
+    def widened(self, by: float) -> FittedQuantizer:
+        """The same under a scale `by` times as large: about log2(by) bits per weight fewer."""
 
 
 @runtime_checkable

@@ -8,7 +8,6 @@ previous codes"). The trace records every half-step.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from functools import reduce
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from convex_caldera.core.hessian import Hessian
 from convex_caldera.core.problem import Problem
-from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, RateLimited
+from convex_caldera.core.protocols import FittedQuantizer, FittedTransform, RateLimited, Widens
 from convex_caldera.core.recipe import FitLowRank, Quantize, Recipe, Step
 from convex_caldera.core.terms import Coded, CompressedLayer, Dense, LowRank, Term
 from convex_caldera.errors import NumericalError, RecipeError
@@ -181,38 +180,43 @@ def fit_coded(step: Quantize, residual: Tensor, problem: Problem, right: Tensor 
     H, uppers = _rounding_metric(step, problem, right)
     importance = metric_matrix(hessian, "diagonal") if step.metric != "identity" else None
     inner = Problem(residual, hessian, problem.name, problem.output, problem.groups)
+
+    def rounded(fitted: FittedQuantizer) -> tuple[Coded, Tensor]:
+        codes, W_hat = _round(residual, fitted, uppers, problem)
+        return Coded(codes, fitted, step.coder), W_hat
+
+    def refined(coded: Coded, W_hat: Tensor) -> Coded:
+        if not step.sweeps or H is None or problem.output is not None:
+            return coded
+        codes, _ = refine(residual, coded.codes, W_hat, coded.fitted, H, step.sweeps)
+        return Coded(codes, coded.fitted, step.coder)
+
     best: tuple[float, Coded, Tensor] | None = None
     for gain in step.gains:
         fitted = step.quantizer.fit(residual, importance=importance, gain=gain)
-        codes, W_hat = _round(residual, fitted, uppers, problem)
+        coded, W_hat = rounded(fitted)
         loss = inner.loss(W_hat, residual.dtype) if len(step.gains) > 1 else 0.0
         if best is None or loss < best[0]:
-            best = (loss, Coded(codes, fitted, step.coder), W_hat)
+            best = (loss, coded, W_hat)
     assert best is not None  # Quantize has at least one gain
-    coded, W_hat = best[1], best[2]
-    if step.sweeps and H is not None and problem.output is None:
-        codes, _ = refine(residual, coded.codes, W_hat, coded.fitted, H, step.sweeps)
-        coded = Coded(codes, coded.fitted, step.coder)
-    return _within_rate(coded, step, residual, problem, right)
+    coded = refined(*best[1:])
+    while excess := _excess(coded):
+        assert isinstance(coded.fitted, Widens)  # only what is limited exceeds
+        coded = refined(*rounded(coded.fitted.widened(2.0 ** (excess + 0.002))))
+    return coded
 
 
-def _within_rate(
-    coded: Coded, step: Quantize, residual: Tensor, problem: Problem, right: Tensor | None
-) -> Coded:
-    """The codes, if entropy-coded they keep what their quantizer promised; else coarser ones.
+def _excess(coded: Coded) -> float:
+    """Bits per weight by which entropy-coded codes exceed what their quantizer promised, or 0.
 
     Feedback widens what is rounded by its own errors, and so the codes' entropy, a little: b bits
     per weight too many ask for steps 2^b wider.
     """
-    quantizer = step.quantizer
+    quantizer, shape = coded.fitted.quantizer, coded.fitted.shape
     if not isinstance(quantizer, RateLimited):
-        return coded
-    m, n = residual.shape
-    excess = coded.stored_codes[0].numel() - quantizer.most_coded_bytes((m, n))
-    if excess <= 0:
-        return coded
-    wider = tuple(gain * 2.0 ** (8 * excess / (m * n) + 0.002) for gain in step.gains)
-    return fit_coded(dataclasses.replace(step, gains=wider), residual, problem, right)
+        return 0.0
+    excess = coded.stored_codes[0].numel() - quantizer.most_coded_bytes(shape)
+    return max(8 * excess / (shape[0] * shape[1]), 0.0)
 
 
 def _round(

@@ -25,6 +25,7 @@ from torch import Tensor
 from convex_caldera.coding.bitpack import pack_bits, packed_bytes, unpack_bits
 from convex_caldera.core.protocols import FittedQuantizer, Quantizer
 from convex_caldera.errors import FormatError, NumericalError, RecipeError
+from convex_caldera.quantizers.codebooks import BlockCodes
 from convex_caldera.quantizers.groups import (
     PER_TENSOR,
     Groups,
@@ -96,7 +97,7 @@ class DoubleScale(Nesting):
         grid = self._grid(shape, codes, steps, offset)
         # What was fitted may be of another record: a decoder trained beforehand has none.
         own = replace(self, inner=inner.quantizer)
-        return FittedDoubleScale(own, shape, codes, steps, offset, grid, inner)
+        return _fitted(own, shape, codes, steps, offset, grid, inner)
 
     def divided(self, W: Tensor) -> Tensor:
         """What the inner quantizer sees of W: every weight over its group's scale, as stored."""
@@ -128,7 +129,7 @@ class DoubleScale(Nesting):
         codes = unpack_bits(own["scale_codes"], self.scale_bits, scales)
         grid = self._grid(shape, codes, own["steps"], own["offset"])
         inner = self.restored_inner(shape, tensors)
-        return FittedDoubleScale(self, shape, codes, own["steps"], own["offset"], grid, inner)
+        return _fitted(self, shape, codes, own["steps"], own["offset"], grid, inner)
 
     def _quantized(self, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, steps and offset of the scales (m, groups)."""
@@ -185,16 +186,7 @@ class FittedDoubleScale(FittedNesting):
 
     def take_rows(self, rows: slice) -> FittedDoubleScale:
         shape = sliced_shape(self.shape, rows)
-        inner = self.inner.take_rows(rows)
-        return FittedDoubleScale(
-            self.quantizer,
-            shape,
-            self.scale_codes,
-            self.steps,
-            self.offset,
-            self.grid[rows],
-            inner,
-        )
+        return replace(self, shape=shape, grid=self.grid[rows], inner=self.inner.take_rows(rows))
 
     def tensors(self) -> dict[str, Tensor]:
         """`scale_codes` packed, `steps`, `offset`, and the inner tensors under "inner_"."""
@@ -208,6 +200,32 @@ class FittedDoubleScale(FittedNesting):
     def _scales(self, x: Tensor, start: int) -> Tensor:
         groups = Groups(self.shape, self.quantizer.group_size)
         return groups.spread(self.grid.to(x.device), start, x.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class FittedScaledBlocks(FittedDoubleScale):
+    """DoubleScale around a codebook of blocks, which rounds panels with feedback in one call."""
+
+    def round_panel(
+        self, target: Tensor, base: Tensor, coupling: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and values of a run of columns (`core.protocols.RoundsPanels`)."""
+        assert isinstance(self.inner, BlockCodes)
+        outer = self._scales(target, start).expand(target.shape)
+        return self.inner.round_panel(target, base, coupling, start, outer)
+
+
+def _fitted(
+    quantizer: DoubleScale,
+    shape: tuple[int, int],
+    codes: Tensor,
+    steps: Tensor,
+    offset: Tensor,
+    grid: Tensor,
+    inner: FittedQuantizer,
+) -> FittedDoubleScale:
+    kind = FittedScaledBlocks if isinstance(inner, BlockCodes) else FittedDoubleScale
+    return kind(quantizer, shape, codes, steps, offset, grid, inner)
 
 
 def _count(shape: tuple[int, int], group_size: int) -> int:

@@ -14,9 +14,10 @@ codes are wider than the rate, so the quantizer needs a coder. Levels are learne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,19 +40,19 @@ from convex_caldera.quantizers.groups import (
     sliced_shape,
 )
 from convex_caldera.quantizers.normalized import natural_scales
+from convex_caldera.quantizers.rate_search import code_within, log_price
 
 LEAST_BITS, MOST_BITS = 0.25, 6.0
 # The rate that levels are chosen for: rANS needs about a tenth of a percent more.
 _RATE_SHARE = 0.999
 # Bytes beside the symbols: range, frequencies of two bytes, the last word.
 _STREAM_BYTES = 6
-_BISECTIONS = 30
+_RATE_TOLERANCE = 2e-4
 _STEPS = 60
 _TOLERANCE = 1e-7
 _CHUNK = 1 << 22
 
 Floats = NDArray[np.float64]
-T = TypeVar("T")
 
 
 def header_bytes(codewords: int, symbols: int) -> int:
@@ -105,7 +106,7 @@ class ECSQ:
             ShapeError, NumericalError: W is not a finite matrix, or its scale does not fit
                 `scale_dtype` (see `groups.round_scales`).
 
-        Cost: three passes over W, then 30 bisections of lambda on at most 2^20 bins.
+        Cost: three passes over W, then about five values of lambda on at most 2^20 bins.
         """
         from convex_caldera.quantizers.scalar_levels import sorted_points
 
@@ -167,9 +168,7 @@ class FittedECSQ(ScalarCodes):
         """Codes (m, d) of the cells that columns start .. start + d lie in."""
         check_columns(x, self.shape, start, 1)
         check_finite(x, "the matrix to encode")
-        levels = self.levels.float()
-        bounds = (levels[1:] + levels[:-1]) / 2 if self.bounds is None else self.bounds
-        bounds = bounds.to(x.device)
+        bounds = self._bounds.to(x.device)
         scale = float(self.scales)
         divisor = scale if scale > 0 else float("inf")
         step = max(1, _CHUNK // x.shape[1])
@@ -185,6 +184,36 @@ class FittedECSQ(ScalarCodes):
         return self.levels.to(codes.device).float()[codes.long()] * self.scales.float().to(
             codes.device
         )
+
+    def round_panel(
+        self, target: Tensor, base: Tensor, coupling: Tensor, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and values of a run of columns with feedback (`core.protocols.RoundsPanels`)."""
+        from convex_caldera.quantizers.scalar_panel_kernels import round_panel
+
+        check_columns(target, self.shape, start, 1)
+        goal = target.contiguous().numpy().copy()
+        codes, values = round_panel(
+            goal,
+            base.contiguous().numpy(),
+            coupling.contiguous().numpy(),
+            np.float32(self.scales.item()),
+            self._bounds.contiguous().numpy(),
+            self.levels.float().numpy(),
+        )
+        check_finite(torch.from_numpy(goal), "what the feedback made of the matrix")
+        return torch.from_numpy(codes), torch.from_numpy(values)
+
+    def widened(self, by: float) -> FittedECSQ:
+        """The same levels under a scale so many times as large."""
+        scales = round_scales(self.scales.double() * by, self.quantizer.scale_dtype)
+        return replace(self, scales=scales)
+
+    @property
+    def _bounds(self) -> Tensor:
+        """Between the cells, or halfway between levels where the cells are not known."""
+        levels = self.levels.float()
+        return (levels[1:] + levels[:-1]) / 2 if self.bounds is None else self.bounds
 
     def take_rows(self, rows: slice) -> FittedECSQ:
         shape = sliced_shape(self.shape, rows)
@@ -202,38 +231,28 @@ def entropy_constrained(points: object, rate: float, most: int) -> tuple[Floats,
         rate: bits per number, above 0.
         most: levels at most.
 
-    lambda is bisected on a logarithmic scale; at high rates it is 2 ln 2 times the error.
+    lambda is the least that keeps the rate; at high rates it is 2 ln 2 times the error.
     """
     from convex_caldera.quantizers.scalar_levels import Points
 
     assert isinstance(points, Points)
     problem = _Problem(points, most)
-    low, high = np.log2(problem.variance) - 2 * rate - 8, np.log2(problem.variance) + 6
-    return within_rate(problem.solve, rate, float(low), float(high), _BISECTIONS)[:2]
+
+    def solve(x: float, lower: Priced | None) -> Priced:
+        return problem.solve(2.0**x)
+
+    guess = log_price(problem.variance, rate, 1)
+    found = code_within(solve, rate, 1, guess, _RATE_TOLERANCE * rate)
+    return found.levels, found.bounds
 
 
-def within_rate(
-    solve: Callable[[float], tuple[T, T, float]],
-    rate: float,
-    low: float,
-    high: float,
-    halvings: int,
-) -> tuple[T, T, float]:
-    """solve(2^x) of the least x in low .. high whose rate, the last it returns, is at most `rate`.
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """Levels, bounds between their cells, and the entropy of the codes."""
 
-    The rate falls with the price 2^x of a bit; at `high` it is taken to be low enough.
-    """
-    best = solve(2.0**high)
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        found = solve(2.0**middle)
-        if found[2] <= rate:
-            best, high = found, middle
-        else:
-            low = middle
-        if high - low < 1e-4:
-            break
-    return best
+    levels: Floats
+    bounds: Floats
+    rate: float
 
 
 class _Problem:
@@ -248,8 +267,8 @@ class _Problem:
         mean = self.first[-1] / self.mass[-1]
         self.variance = max(self.second[-1] / self.mass[-1] - mean**2, 1e-30)
 
-    def solve(self, price: float) -> tuple[Floats, Floats, float]:
-        """(levels, bounds, entropy) where alternation of cells and levels ends."""
+    def solve(self, price: float) -> Priced:
+        """The code under a price of a bit where alternation of cells and levels ends."""
         levels = self._start(price)
         lengths = np.zeros(levels.size)
         last = np.inf
@@ -271,22 +290,26 @@ class _Problem:
         ends = np.searchsorted(self.points.values, bounds)
         share = np.diff(self.mass[np.concatenate([[0], ends, [self.points.values.size]])])
         share = share[share > 0] / self.mass[-1]
-        return levels, bounds, float(-(share * np.log2(share)).sum())
+        return Priced(levels, bounds, float(-(share * np.log2(share)).sum()))
 
     def _start(self, price: float) -> Floats:
         """Means of evenly fine cells; the best levels where those would be too many.
 
         At high rates cells of width d have error d^2 / 12, whose slope is -ln 2 d^2 / 6 a bit.
         """
-        from convex_caldera.quantizers.scalar_levels import best_levels
-
         width = np.sqrt(6 * price / np.log(2))
         cell = np.floor(self.points.values / width + 0.5)
         starts = np.flatnonzero(np.diff(cell, prepend=np.nan) != 0)
         if starts.size > self.most:
-            return np.unique(best_levels(self.points, self.most, 20))
+            return self._best
         ends = np.append(starts, cell.size)
         return np.diff(self.first[ends]) / np.diff(self.mass[ends])
+
+    @cached_property
+    def _best(self) -> Floats:
+        from convex_caldera.quantizers.scalar_levels import best_levels
+
+        return np.unique(best_levels(self.points, self.most, 20))
 
 
 def _cells(levels: Floats, lengths: Floats, price: float) -> tuple[Floats, Floats, Floats]:

@@ -14,36 +14,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from convex_caldera.coding.bitpack import packed_bytes
+from convex_caldera.core.seeds import generator
 from convex_caldera.errors import RecipeError
-from convex_caldera.quantizers.ecsq import header_bytes, within_rate
-from convex_caldera.quantizers.grouped import BlockCodes
+from convex_caldera.quantizers.clustering import TOLERANCE, started, thinned
+from convex_caldera.quantizers.codebooks import BlockCodes
+from convex_caldera.quantizers.ecsq import header_bytes
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
-    check_codes,
-    check_columns,
-    check_finite,
     check_group_options,
     check_matrix,
     checked_tensor,
     round_scales,
     sliced_shape,
 )
-from convex_caldera.quantizers.kmeans import KMeans, nearest
+from convex_caldera.quantizers.kmeans import FittedKMeans, KMeans
 from convex_caldera.quantizers.normalized import natural_scales
+from convex_caldera.quantizers.rate_search import code_within, log_price
 
 MOST_RATE = 6.0  # bits of a block: its codes have two more, and eight at most
 # The rate that the codebook is chosen for: it is fitted to a sample.
 _RATE_SHARE = 0.995
-_BISECTIONS = 12
-_TOLERANCE = 1e-4
+_RATE_TOLERANCE = 1e-3
+_TOLERANCE = 2e-5
+
+Floats = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -109,27 +112,28 @@ class ECVQ:
             ShapeError, NumericalError: W is not a finite matrix, or its scale does not fit
                 `scale_dtype` (see `groups.round_scales`).
 
-        Cost: k-means, then 12 bisections of at most `iterations` such steps.
+        Cost: k-means and a few prices of a bit on a thin sample, at most `iterations` steps each,
+        then fewer steps on at most `sample_size` blocks.
         """
         check_matrix(W, importance, gain)
         natural = natural_scales(W, -1, "rms")
         scale = round_scales(natural, self.scale_dtype)
-        start = KMeans(
+        blocks = KMeans(
             self.code_bits / self.dim, self.dim, -1, "rms",
             self.iterations, self.sample_size, self.seed, "float32",
         )  # fmt: skip
-        base = start.fit(W)
-        points, weights = start.sample(W, base)
-        rate = _RATE_SHARE * self.bits * self.dim
-        codebook, lengths = entropy_constrained(points, weights, base.codebook, rate, self)
+        shape = (W.shape[0], W.shape[1])
+        points, weights = blocks.sample(W, FittedKMeans(blocks, shape, scale, W.new_empty(0)))
+        found = entropy_constrained(points, weights, self)
+        codebook, costs = torch.from_numpy(found.codebook), torch.from_numpy(found.costs)
         spare = (1 << self.code_bits) - len(codebook)
         stored = torch.cat([codebook, codebook[-1:].expand(spare, -1)])
         return FittedECVQ(
             self,
-            (W.shape[0], W.shape[1]),
+            shape,
             scale if gain == 1.0 else round_scales(natural * gain, self.scale_dtype),
             stored.to(SCALE_DTYPES[self.scale_dtype]).to(W.device),
-            lengths,
+            costs,
         )
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -167,86 +171,98 @@ class FittedECVQ(BlockCodes):
     def position_free(self) -> bool:
         return True
 
-    def encode(self, x: Tensor, start: int = 0) -> Tensor:
-        """Codes (m, ceil(d / dim)), uint8, of columns start .. start + d; missing ones are free."""
-        dim = self.quantizer.dim
-        check_columns(x, self.shape, start, dim)
-        check_finite(x, "the matrix to encode")
-        width = -(-x.shape[1] // dim)
-        weights = torch.nn.functional.pad(torch.ones(x.shape[1]), (0, width * dim - x.shape[1]))
-        padded = torch.nn.functional.pad(x.float(), (0, width * dim - x.shape[1]))
-        scale = float(self.scales)
-        points = (padded / (scale if scale > 0 else float("inf"))).reshape(-1, dim)
-        used = self.codebook if self.costs is None else self.codebook[: len(self.costs)]
-        codes = nearest(points, weights.view(-1, dim).to(x.device), used, self.costs)
-        return codes.to(torch.uint8).view(x.shape[0], width)
+    @property
+    def offered(self) -> tuple[Tensor, Tensor]:
+        """Codewords in use, and their costs as far as they are known."""
+        if self.costs is None:
+            return super().offered
+        return self.codebook[: len(self.costs)].float(), self.costs.to(self.codebook.device)
 
-    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Values (m, d), float32: codeword * scale."""
-        check_codes(codes, self.codebook.shape[0])
-        table = self.codebook.to(codes.device).float()
-        values = table[codes.long()] * self.scales.float().to(codes.device)
-        width = min(codes.shape[1] * self.quantizer.dim, self.shape[1] - start)
-        return values.flatten(1)[:, :width]
+    def block_scales(self, first: int, count: int) -> Tensor:
+        """The scale of all blocks, (1, 1)."""
+        return self.scales.float()
+
+    def widened(self, by: float) -> FittedECVQ:
+        """The same codebook under a scale so many times as large."""
+        scales = round_scales(self.scales.double() * by, self.quantizer.scale_dtype)
+        return replace(self, scales=scales)
 
     def take_rows(self, rows: slice) -> FittedECVQ:
         shape = sliced_shape(self.shape, rows)
         return FittedECVQ(self.quantizer, shape, self.scales, self.codebook, self.costs)
 
 
-def entropy_constrained(
-    points: Tensor, weights: Tensor, start: Tensor, rate: float, quantizer: ECVQ
-) -> tuple[Tensor, Tensor]:
-    """(codebook (K, dim), lambda * length (K,)) of least error with at most `rate` bits a block.
-
-    Points stand for as many blocks as their weight says; all is worked out on the CPU.
-    """
-    stands_for = weights.amax(1)
-    inside = weights / stands_for[:, None]  # 0 where a row's last block has no column
-    problem = _Problem(points.contiguous().numpy(), inside.numpy(), stands_for.double().numpy())
-    variance = max(float((points.double() ** 2 * weights).sum() / weights.sum()), 1e-30)
-    low, high = math.log2(variance) - 2 * rate / quantizer.dim - 6, math.log2(variance) + 6
-    first = start.float().cpu().numpy()
-
-    def solve(price: float) -> tuple[np.ndarray, np.ndarray, float]:
-        return problem.solve(first, price, quantizer.iterations)
-
-    codebook, costs, _ = within_rate(solve, rate, low, high, _BISECTIONS)
-    return torch.from_numpy(codebook), torch.from_numpy(costs)
-
-
 @dataclass(frozen=True, eq=False)
+class Priced:
+    """A code under a price of a bit: codewords (K, dim), lengths (K,) of their codes, entropy."""
+
+    price: float
+    codebook: Floats
+    lengths: Floats
+    rate: float
+
+    @property
+    def costs(self) -> Floats:
+        return (self.price * self.lengths).astype(np.float32)
+
+
+def entropy_constrained(points: Tensor, weights: Tensor, quantizer: ECVQ) -> Priced:
+    """The code of least error whose entropy is at most `quantizer.bits` a weight, or just below.
+
+    Points stand for as many blocks as their weight says; all is worked out on the CPU. The price
+    is found on a thin sample, from k-means, and set right on all points.
+    """
+    size, dim = 1 << quantizer.code_bits, quantizer.dim
+    rate = _RATE_SHARE * quantizer.bits * dim
+    random = generator(quantizer.seed, f"{tuple(points.shape)}", "k-means seeding")
+    few = thinned(points, weights, size, random)
+    start = started(*few, size, random, quantizer.iterations, TOLERANCE)
+    found = Priced(0.0, start, np.zeros(len(start)), math.inf)
+    variance = max(float((points.double() ** 2 * weights).sum() / weights.sum()), 1e-30)
+    guess = log_price(variance, rate, dim)
+    samples = [few, (points.contiguous().numpy(), weights.contiguous().numpy())]
+    for sample in samples[len(few[0]) == len(points) :]:
+        problem, first = _Problem(*sample), found
+
+        def solve(x: float, lower: Priced | None, problem=problem, first=first) -> Priced:  # type: ignore[no-untyped-def]
+            return problem.solve(2.0**x, lower or first, quantizer.iterations)
+
+        found = code_within(solve, rate, dim, guess, _RATE_TOLERANCE * rate)
+        guess = math.log2(found.price)
+    return found
+
+
 class _Problem:
-    """Points (N, dim), which of their coordinates exist, and how many blocks each stands for."""
+    """Points (N, dim) and their weights: which coordinates exist, times the blocks stood for."""
 
-    x: np.ndarray
-    inside: np.ndarray
-    stands_for: np.ndarray
+    def __init__(self, x: Floats, weights: Floats):
+        self.x, self.weights = x, weights
+        stands_for = weights.max(1)
+        self.inside = weights / stands_for[:, None]  # 0 where a row's last block has no column
+        self.stands_for = stands_for.astype(np.float64)
 
-    def solve(
-        self, codebook: np.ndarray, price: float, iterations: int
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """(codebook, costs, entropy) under a price of a bit, where the cost no longer falls."""
+    def solve(self, price: float, start: Priced, iterations: int) -> Priced:
+        """The code under a price where the cost no longer falls, from another code."""
         from convex_caldera.quantizers import kmeans_kernels as kernels
 
-        weights = (self.inside * self.stands_for[:, None]).astype(np.float32)
-        costs, last = np.zeros(len(codebook), np.float32), np.inf
+        codebook, lengths, last = start.codebook, start.lengths, np.inf
         for _ in range(iterations):
+            costs = (price * lengths).astype(np.float32)
             codes, errors = kernels.nearest(self.x, self.inside, codebook, costs)
-            means, _ = kernels.centroids(self.x, weights, codes, codebook)
+            means, _ = kernels.centroids(self.x, self.weights, codes, codebook)
             share = self._shares(codes, len(codebook))
-            codebook = means[share > 0].astype(np.float32)
-            costs = (-price * np.log2(share[share > 0])).astype(np.float32)
-            total = float((errors * self.stands_for).sum())
+            codebook, lengths = means[share > 0].astype(np.float32), -np.log2(share[share > 0])
+            total = float(errors @ self.stands_for)
             if 0 <= last - total <= _TOLERANCE * total:
                 break
             last = total
-        codes, _ = kernels.nearest(self.x, self.inside, codebook, costs)
+        code = Priced(price, codebook, lengths, 0.0)
+        codes, _ = kernels.nearest(self.x, self.inside, codebook, code.costs)
         share = self._shares(codes, len(codebook))
         share = share[share > 0]
-        return codebook, costs, float(-(share * np.log2(share)).sum())
+        return replace(code, rate=float(-(share * np.log2(share)).sum()))
 
-    def _shares(self, codes: np.ndarray, size: int) -> np.ndarray:
+    def _shares(self, codes: Floats, size: int) -> Floats:
         count = np.bincount(codes, weights=self.stands_for, minlength=size)
-        shares: np.ndarray = count / count.sum()
+        shares: Floats = count / count.sum()
         return shares

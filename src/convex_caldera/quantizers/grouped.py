@@ -1,4 +1,4 @@
-"""What fitted quantizers share: codes of weights or of blocks, and one scale per group."""
+"""What fitted quantizers share: codes of weights, and one scale per group."""
 
 from __future__ import annotations
 
@@ -41,28 +41,6 @@ class ScalarCodes:
     def unpack(self, packed: Tensor) -> Tensor:
         m, blocks = self.shape[0], self.blocks
         return unpack_bits(packed, self.code_bits, m * blocks).view(m, blocks)
-
-
-class BlockCodes(ScalarCodes):
-    """Codes (m, blocks), one for every `quantizer.dim` columns begun, of a codebook (K, dim).
-
-    For frozen dataclasses whose fields include these four.
-    """
-
-    scales: Tensor
-    codebook: Tensor
-
-    @property
-    def code_bits(self) -> int:
-        width: int = self.quantizer.code_bits
-        return width
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.shape[1] // int(self.quantizer.dim))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"scales": self.scales, "codebook": self.codebook}
 
 
 class GroupScaled(ScalarCodes):

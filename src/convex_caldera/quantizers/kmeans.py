@@ -3,12 +3,10 @@
     block of a row = scale of its group * codeword,     codewords fitted by weighted k-means
 
 The codebook minimizes sum_i sum_j h_ij s_i^2 (x_ij - c_kj)^2 over the blocks x_i = W_i / s_i of
-the matrix, h the importance of the columns (usually diag H): Lloyd's two steps, nearest codeword
-and weighted mean (Linde, Buzo & Gray 1980), started by k-means++ (Arthur & Vassilvitskii 2007).
-A codeword that loses all its points is put on the worst-served one. Large matrices are fitted on
-a sample in which the longest blocks always are, each point with the weight of those it stands
-for. Codebook and scales are stored, and counted. `bits` are per weight: 2 bits in blocks of 4
-are 256 codewords.
+the matrix, h the importance of the columns (usually diag H), by `clustering`. Large matrices are
+fitted on a sample in which the longest blocks always are, each point with the weight of those it
+stands for. Codebook and scales are stored, and counted. `bits` are per weight: 2 bits in blocks
+of 4 are 256 codewords.
 """
 
 from __future__ import annotations
@@ -17,20 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.core.seeds import generator
 from convex_caldera.errors import RecipeError
-from convex_caldera.quantizers.grouped import BlockCodes
+from convex_caldera.quantizers.clustering import TOLERANCE, cluster
+from convex_caldera.quantizers.codebooks import BlockCodes, divisor
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     Groups,
-    check_codes,
-    check_columns,
-    check_finite,
     check_group_options,
     check_matrix,
     checked_tensor,
@@ -48,9 +43,6 @@ MAX_CODE_BITS = 12
 MAX_DIM = 32
 # Points with the longest blocks that every sample holds: a codebook must know its extremes.
 _EXTREMES = 256
-# Relative decrease of the error below which iterations end.
-_TOLERANCE = 1e-5
-_CHUNK = 1 << 18  # blocks per call of the encoder
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,7 @@ class KMeans:
 
         The importance also steers `encode` of what is returned; it is not stored. `gain`
         multiplies the scales only. `tolerance` is the relative decrease of the error below which
-        iterations end; 1e-5, or 1e-9 in one dimension.
+        iterations end; 2e-4, or 1e-9 in one dimension.
 
         Raises:
             ShapeError, NumericalError: W is not a finite matrix, or its scales do not fit
@@ -144,7 +136,7 @@ class KMeans:
         columns = None if importance is None else floored(importance)
         unit = FittedKMeans(self, shape, scales, torch.empty(0), columns)
         points, weights = self.sample(W, unit)
-        codebook = lloyd(points, weights, self, tolerance)
+        codebook = best_codebook(points, weights, self, tolerance)
         return FittedKMeans(
             self,
             shape,
@@ -205,8 +197,7 @@ class KMeans:
 class FittedKMeans(BlockCodes):
     """KMeans with scales and codebook. Codes are (m, ceil(n / dim)), uint8 or int32.
 
-    Columns missing from a row's last block have no weight and are dropped in decoding. With an
-    `importance` (n,), which a restored quantizer does not have, `encode` is nearest under it.
+    With an `importance` (n,), which a restored one does not have, `encode` is nearest under it.
     """
 
     quantizer: KMeans
@@ -218,30 +209,6 @@ class FittedKMeans(BlockCodes):
     @property
     def position_free(self) -> bool:
         return self.scales.numel() == 1 and self.importance is None
-
-    def encode(self, x: Tensor, start: int = 0) -> Tensor:
-        """Nearest codes (m, ceil(d / dim)) of columns start .. start + d."""
-        dim = self.quantizer.dim
-        check_columns(x, self.shape, start, dim)
-        check_finite(x, "the matrix to encode")
-        width = -(-x.shape[1] // dim)
-        scale = divisor(self.block_scales(start // dim, width).to(x.device))
-        padded = torch.nn.functional.pad(x.float(), (0, width * dim - x.shape[1]))
-        points = padded.view(x.shape[0], width, dim) / scale[..., None]
-        codes = nearest(
-            points.reshape(-1, dim), self._weights(start, x.shape[1], x.device), self.codebook
-        )
-        small = self.quantizer.code_bits <= 8
-        return codes.to(torch.uint8 if small else torch.int32).view(x.shape[0], width)
-
-    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
-        """Values (m, d), float32: codeword * scale."""
-        check_codes(codes, self.quantizer.num_codewords)
-        dim = self.quantizer.dim
-        scale = self.block_scales(start // dim, codes.shape[1]).to(codes.device)
-        values = self.codebook.to(codes.device).float()[codes.long()] * scale[..., None]
-        width = min(codes.shape[1] * dim, self.shape[1] - start)
-        return values.flatten(1)[:, :width]
 
     def take_rows(self, rows: slice) -> FittedKMeans:
         scales = Groups(self.shape, self.quantizer.group_size).take_rows(self.scales, rows)
@@ -262,21 +229,13 @@ class FittedKMeans(BlockCodes):
         x = torch.nn.functional.pad(rows.float(), (0, pad))
         return x.view(rows.shape[0], self.blocks, -1).square().sum(-1).flatten()
 
-    def _weights(self, start: int, size: int, device: torch.device) -> Tensor:
+    def block_weights(self, start: int, size: int, device: torch.device) -> Tensor:
         """(1, dim) or (blocks, dim): importance of the columns, zero for those that are missing."""
+        if self.importance is None:
+            return super().block_weights(start, size, device)
+        weights = self.importance[start : start + size].to(device)
         dim = self.quantizer.dim
-        if self.importance is None and size % dim == 0:
-            return torch.ones(1, dim, device=device)
-        weights = torch.ones(size) if self.importance is None else self.importance
-        if self.importance is not None:
-            weights = weights[start : start + size]
-        padded = torch.nn.functional.pad(weights.float().to(device), (0, -size % dim))
-        return padded.view(-1, dim)
-
-
-def divisor(scale: Tensor) -> Tensor:
-    """Scales to divide by; what has scale 0 becomes 0."""
-    return torch.where(scale == 0, torch.inf, scale)
+        return torch.nn.functional.pad(weights, (0, -size % dim)).view(-1, dim)
 
 
 def relative(scale: Tensor) -> Tensor:
@@ -285,13 +244,12 @@ def relative(scale: Tensor) -> Tensor:
     return scale / largest if largest > 0 else torch.ones_like(scale)
 
 
-def lloyd(
+def best_codebook(
     points: Tensor, weights: Tensor, quantizer: KMeans, tolerance: float | None = None
 ) -> Tensor:
     """Codebook (K, dim), float32, of points (N, dim) under weights (N, dim), both on the CPU.
 
-    k-means++ on all points, then Lloyd's steps until the error falls by less than `tolerance`
-    (1e-5) of itself; in one dimension the globally best levels. Pure: neither argument is changed.
+    `clustering.cluster`; in one dimension the globally best levels.
     """
     if quantizer.dim == 1:
         from convex_caldera.quantizers.scalar_levels import best_levels, distinct_points
@@ -299,51 +257,7 @@ def lloyd(
         flat = distinct_points(points.flatten().double().numpy(), weights.flatten().numpy())
         levels = best_levels(flat, quantizer.num_codewords, quantizer.iterations, tolerance)
         return torch.from_numpy(levels).float()[:, None]
-    from convex_caldera.quantizers import kmeans_kernels as kernels
-
-    x, w = points.contiguous().numpy(), weights.float().contiguous().numpy()
-    random = generator(quantizer.seed, f"{tuple(points.shape)}", "k-means seeding")
-    draws = torch.rand(quantizer.num_codewords, generator=random, dtype=torch.float64)
-    codebook = kernels.seed_codebook(x, w, draws.numpy())
-    last, free = float("inf"), np.zeros(len(codebook), np.float32)
-    tolerance = _TOLERANCE if tolerance is None else tolerance
-    for _ in range(quantizer.iterations):
-        codes, errors = kernels.nearest(x, w, codebook, free)
-        total = float(errors.sum(dtype="float64"))
-        means, members = kernels.centroids(x, w, codes, codebook)
-        codebook = means.astype("float32")
-        empty = (members == 0).nonzero()[0]
-        worst = (-errors).argsort(kind="stable")[: empty.size]
-        worst = worst[errors[worst] > 0]
-        codebook[empty[: worst.size]] = x[worst]
-        if not worst.size and last - total <= tolerance * total:
-            break
-        last = total
-    return torch.from_numpy(codebook)
-
-
-def nearest(x: Tensor, weights: Tensor, codebook: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Codes (N,), int32, of x (N, dim): compiled on the CPU, plain torch elsewhere.
-
-    `weights` (P, dim): row i mod P serves point i; `bias` (K,) is added to a codeword's distance.
-    """
-    free = torch.zeros(codebook.shape[0]) if bias is None else bias.float()
-    if x.device.type != "cpu":
-        return nearest_plain(x, weights, codebook.to(x.device), free.to(x.device))
-    from convex_caldera.quantizers import kmeans_kernels as kernels
-
-    table = codebook.float().contiguous().numpy()
-    points, w = x.detach().contiguous().numpy(), weights.contiguous().numpy()
-    return torch.from_numpy(kernels.nearest(points, w, table, free.numpy())[0])
-
-
-def nearest_plain(x: Tensor, weights: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
-    """The same by differences of all pairs, in chunks."""
-    table = codebook.float()
-    w = weights.repeat(-(-x.shape[0] // weights.shape[0]), 1)[: x.shape[0]]
-    step = max(1, _CHUNK // table.shape[0])
-    codes = []
-    for points, part in zip(x.split(step), w.split(step), strict=True):
-        gaps = (points[:, None, :] - table).square_() * part[:, None, :]
-        codes.append((gaps.sum(-1) + bias).argmin(1))
-    return torch.cat(codes).int()
+    return cluster(
+        points, weights, quantizer.num_codewords, quantizer.seed, quantizer.iterations,
+        TOLERANCE if tolerance is None else tolerance,
+    )  # fmt: skip

@@ -1,13 +1,13 @@
 """Weighted nearest codewords and seeding for k-means, compiled for the CPU.
 
-The weighted distance sum_j w_j (x_j - c_j)^2 is summed as it stands, coordinate by coordinate,
-64 points at a time: no |x|^2 - 2 x c + |c|^2, whose cancellation would choose the wrong
-one of two near codewords. `kmeans.nearest_plain` is the oracle. Kernels release the GIL; callers
-own the threads.
+The weighted distance sum_j w_j (x_j - c_j)^2 is summed as it stands, coordinate by coordinate:
+no |x|^2 - 2 x c + |c|^2, whose cancellation would choose the wrong one of two near codewords.
+`codebooks.nearest_plain` is the oracle. Kernels release the GIL; callers own the threads.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,47 +20,57 @@ Codes = NDArray[np.int32]
 _LANES = 64
 
 
-@njit(cache=True, nogil=True)
-def nearest(x: Any, weights: Any, codebook: Any, bias: Any) -> Any:
+def nearest(x: Floats, weights: Floats, codebook: Floats, bias: Floats) -> tuple[Codes, Floats]:
     """Codes (N,) and weighted squared distances plus bias (N,) of x (N, d).
 
     `weights` (P, d) serve point i in row i mod P: P is N, 1, or the blocks of a matrix row;
     `codebook` is (K, d), `bias` (K,) what a codeword costs by itself. Of equally near codewords
-    the first is taken. Points go `_LANES` at a time, coordinates first, so that the compiler
-    vectorizes over them.
+    the first is taken. Cost: about a third of a nanosecond a pair in two dimensions.
     """
-    count, dim = x.shape
-    period = weights.shape[0]
-    codes = np.empty(count, np.int32)
-    errors = np.empty(count, np.float32)
-    points = np.zeros((dim, _LANES), np.float32)
-    importance = np.zeros((dim, _LANES), np.float32)
-    distance = np.empty(_LANES, np.float32)
-    least = np.empty(_LANES, np.float32)
-    best = np.empty(_LANES, np.int32)
-    for start in range(0, count, _LANES):
-        lanes = min(_LANES, count - start)
-        for lane in range(lanes):
-            row = (start + lane) % period
-            for j in range(dim):
-                points[j, lane] = x[start + lane, j]
-                importance[j, lane] = weights[row, j]
-        least[:] = np.inf
-        best[:] = 0
-        for k in range(codebook.shape[0]):
-            distance[:] = bias[k]
-            for j in range(dim):
-                level = codebook[k, j]
-                for lane in range(_LANES):
-                    gap = points[j, lane] - level
-                    distance[lane] += importance[j, lane] * gap * gap
-            for lane in range(_LANES):
-                nearer = distance[lane] < least[lane]
-                best[lane] = k if nearer else best[lane]
-                least[lane] = distance[lane] if nearer else least[lane]
-        codes[start : start + lanes] = best[:lanes]
-        errors[start : start + lanes] = least[:lanes]
+    codes, errors = search_of(codebook.shape[1])(x, weights, codebook, bias)
     return codes, errors
+
+
+@cache
+def search_of(dim: int) -> Any:
+    """`nearest`, compiled for one length of blocks.
+
+    Points go `_LANES` at a time, coordinates first: with the length known, a distance is one
+    expression that the compiler vectorizes over points and never writes to memory.
+    """
+
+    @njit(cache=True, nogil=True)
+    def search(x: Any, weights: Any, codebook: Any, bias: Any) -> Any:
+        count, period = x.shape[0], weights.shape[0]
+        codes = np.empty(count, np.int32)
+        errors = np.empty(count, np.float32)
+        points = np.zeros((dim, _LANES), np.float32)
+        importance = np.zeros((dim, _LANES), np.float32)
+        least = np.empty(_LANES, np.float32)
+        best = np.empty(_LANES, np.int32)
+        for start in range(0, count, _LANES):
+            lanes = min(_LANES, count - start)
+            for lane in range(lanes):
+                row = (start + lane) % period
+                for j in range(dim):
+                    points[j, lane] = x[start + lane, j]
+                    importance[j, lane] = weights[row, j]
+            least[:] = np.inf
+            best[:] = 0
+            for k in range(codebook.shape[0]):
+                for lane in range(_LANES):
+                    distance = bias[k]
+                    for j in range(dim):
+                        gap = points[j, lane] - codebook[k, j]
+                        distance += importance[j, lane] * gap * gap
+                    nearer = distance < least[lane]
+                    best[lane] = k if nearer else best[lane]
+                    least[lane] = distance if nearer else least[lane]
+            codes[start : start + lanes] = best[:lanes]
+            errors[start : start + lanes] = least[:lanes]
+        return codes, errors
+
+    return search
 
 
 @njit(cache=True, nogil=True)
@@ -84,6 +94,45 @@ def centroids(x: Any, weights: Any, codes: Any, codebook: Any) -> Any:
         for j in range(dim):
             sums[k, j] = sums[k, j] / mass[k, j] if mass[k, j] > 0 else codebook[k, j]
     return sums, members
+
+
+@njit(cache=True, nogil=True)
+def normalize(goal: Any, around: Any, scale: Any, block: int, x: Any) -> None:
+    """Block `block` of the rows of goal (m, p) over their scales into x (m, d); where 0, zeros.
+
+    `around` (m or 1, p) are scales of columns, `scale` (m or 1,) of the block under them. Columns
+    beyond the panel become 0.
+    """
+    dim = x.shape[1]
+    for r in range(goal.shape[0]):
+        inner = scale[min(r, scale.shape[0] - 1)]
+        outer = around[min(r, around.shape[0] - 1)]
+        for j in range(dim):
+            i = block * dim + j
+            x[r, j] = 0
+            if i < goal.shape[1] and outer[i] != 0 and inner != 0:
+                x[r, j] = goal[r, i] / outer[i] / inner
+
+
+@njit(cache=True, nogil=True)
+def settle(goal: Any, base: Any, coupling: Any, around: Any, scale: Any, table: Any, codes: Any,
+           block: int, values: Any) -> None:  # fmt: skip
+    """Values of a block's codes, and their errors into what is left of the goal.
+
+    values = codeword * scale * around,   goal_k += sum_i (base_i - values_i) coupling_ik   (k > i)
+
+    over the columns i of the block and k behind it.
+    """
+    dim, width = table.shape[1], goal.shape[1]
+    start, end = block * dim, min(block * dim + dim, width)
+    for r in range(goal.shape[0]):
+        inner = scale[min(r, scale.shape[0] - 1)]
+        outer = around[min(r, around.shape[0] - 1)]
+        for i in range(start, end):
+            values[r, i] = table[codes[r, block], i - start] * inner * outer[i]
+            error = base[r, i] - values[r, i]
+            for k in range(end, width):
+                goal[r, k] += error * coupling[i, k]
 
 
 @njit(cache=True, nogil=True)
