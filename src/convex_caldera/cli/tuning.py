@@ -48,7 +48,7 @@ class TuneOptions:
     nsamples: Annotated[int | None, typer.Option(help="Windows of text. Default 256.")] = None
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default 256.")] = None
     batch_size: Annotated[int | None, typer.Option(help="Windows per step. Default 8.")] = None
-    lr: Annotated[float | None, typer.Option(help="Relative step size. Default 0.002.")] = None
+    lr: Annotated[float | None, typer.Option(help="Relative step size. Default 0.005.")] = None
     epochs: Annotated[float | None, typer.Option(help="Passes over the text. Default 2.")] = None
     block_epochs: Annotated[
         float | None, typer.Option(help="The same for blocks, if different.")

@@ -28,7 +28,7 @@ class Schedule:
         RecipeError: a number out of range.
     """
 
-    lr: float = 2e-3
+    lr: float = 5e-3
     epochs: float = 2.0
     warmup: float = 0.05
     weight_decay: float = 0.0

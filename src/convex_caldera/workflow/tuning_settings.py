@@ -34,7 +34,7 @@ class TuneSettings(BaseModel):
     nsamples: Annotated[int, Field(ge=2)] = 256
     seqlen: Annotated[int, Field(ge=8)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 8
-    lr: float = 2e-3
+    lr: float = 5e-3
     epochs: float = 2.0
     block_epochs: float | None = None
     warmup: float = 0.05
