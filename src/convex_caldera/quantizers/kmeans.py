@@ -121,7 +121,7 @@ class KMeans:
 
         The importance also steers `encode` of what is returned; it is not stored. `gain`
         multiplies the scales only. `tolerance` is the relative decrease of the error below which
-        iterations end; 2e-4, or 1e-9 in one dimension.
+        iterations end; 1e-5, or 1e-9 in one dimension.
 
         Raises:
             ShapeError, NumericalError: W is not a finite matrix, or its scales do not fit
