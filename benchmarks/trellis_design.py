@@ -3,7 +3,9 @@
 A multiplier M is worth trying for state length L and K bits if the 2^K multiples of M (levels
 that follow one path) and the 2^K multiples of M 2^(L-K) (levels of paths that meet) are spread
 over the circle of 2^32 without a gap below `SPREAD` of the even one. Of those, the least
-distortion of a Gaussian wins, in rounds that keep a quarter and look four times as closely.
+distortion of a Gaussian wins, over the rates from K bits to below K + 1 that will take it, in
+rounds that keep a quarter and look four times as closely. (Longer states than 10 bits were
+searched at K bits alone.)
 
     python benchmarks/trellis_design.py --state-bits 8 10 12 14 16 --bits 1 2 3 4
 
@@ -29,6 +31,7 @@ from convex_caldera.quantizers import (
     trellis_viterbi,
 )
 from convex_caldera.quantizers.distortion import gaussian_distortion
+from convex_caldera.recipes.convex import MEASURING_STATE_BITS, STATE_BITS, expected_of_trial
 
 SPREAD = 0.35
 
@@ -45,13 +48,20 @@ def is_spread(multiplier: int, state_bits: int, bits: int) -> bool:
     return min(gap(multiplier, bits), gap(meeting, bits)) >= SPREAD
 
 
-def ratio(multiplier: int, state_bits: int, bits: int, tiles: int, survivors: int) -> float:
+def served(multiplier: int, state_bits: int, bits: int, tiles: int, survivors: int) -> float:
+    """Mean distortion ratio over the rates that take this multiplier, bits .. bits + 15/16."""
+    rates = [bits + part / 16 for part in (0, 4, 8, 12, 15) if bits < 8 or part == 0]
+    found = [ratio(multiplier, state_bits, rate, tiles, survivors) for rate in rates]
+    return sum(found) / len(found)
+
+
+def ratio(multiplier: int, state_bits: int, bits: float, tiles: int, survivors: int) -> float:
     """Distortion of a Gaussian over 4^-bits; the same data for every multiplier."""
     scale = np.float32(trellis_codes.best_spread(bits))
     exact = state_bits <= trellis_codes.TABLE_STATE_BITS
     shape = (tiles, 256) if exact else (2, 128 * tiles)
     x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
-    steps = trellis_stream.step_bits(16 * bits, shape[1])
+    steps = trellis_stream.step_bits(round(16 * bits), shape[1])
     code = trellis_codes.Code("weyl", state_bits, multiplier)
     if exact:
         table = trellis_codes.computed_levels(code, np.arange(1 << state_bits, dtype=np.uint32))
@@ -75,6 +85,15 @@ def trained(state_bits: int, bits: float) -> tuple[float, float, float]:
     return weyl, table, seconds
 
 
+def of_trial(bits: float) -> float:
+    """Distortion with the states of a plan's layers over that with those of its trials."""
+    plan, trial = (
+        gaussian_distortion(Trellis(bits, state_bits), (1024, 256), seed=0)[0]
+        for state_bits in (STATE_BITS, MEASURING_STATE_BITS)
+    )
+    return plan / trial
+
+
 def find(state_bits: int, bits: int, args: argparse.Namespace) -> int:
     rng = np.random.default_rng([args.seed, state_bits, bits])
     pool: list[int] = []
@@ -84,7 +103,7 @@ def find(state_bits: int, bits: int, args: argparse.Namespace) -> int:
             pool.append(multiplier)
     tiles = args.tiles
     while len(pool) > 1:
-        scores = sorted((ratio(m, state_bits, bits, tiles, args.survivors), m) for m in pool)
+        scores = sorted((served(m, state_bits, bits, tiles, args.survivors), m) for m in pool)
         pool = [m for _, m in scores[: max(len(pool) // 4, 1)]]
         tiles *= 4
     return pool[0]
@@ -99,7 +118,14 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=16)
     parser.add_argument("--survivors", type=int, default=512)
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--trial", action="store_true")
     args = parser.parse_args()
+    if args.trial:
+        for sixteenths in range(16, 129, 2):
+            bits = sixteenths / 16
+            found, used = of_trial(bits), expected_of_trial(bits)
+            print(f"{bits:g} bits: {found:.3f}, {used:.3f} is used", flush=True)
+        return
     for state_bits in args.state_bits:
         for bits in args.bits:
             if args.train:
@@ -109,7 +135,7 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             best = find(state_bits, bits, args)
-            final = ratio(best, state_bits, bits, 256, args.survivors)
+            final = served(best, state_bits, bits, 256, args.survivors)
             seconds = time.perf_counter() - began
             print(
                 f"({state_bits}, {bits}): 0x{best:08X},  # {final:.4f}  {seconds:.0f} s", flush=True

@@ -152,14 +152,14 @@ def test_the_checker_weighs_embeddings_and_says_where_it_cannot(
     assert checked.ok and "its statistics were not saved" in checked.text()
 
 
-def test_a_flipped_bit_of_an_embedding_is_refused(
+def test_a_flipped_byte_of_an_embedding_is_refused(
     model: Path, allocated: tuple[Path, Ran], hessians: Path, tmp_path: Path
 ) -> None:
     out = shutil.copytree(allocated[0], tmp_path / "out")
     header, _ = open_container(out).layers[NAME]
     entry = header.entries[f"{NAME}.packed"]
     raw = bytearray(header.path.read_bytes())
-    raw[entry.start + 40] ^= 1
+    raw[entry.start + 40] ^= 0xFF
     header.path.write_bytes(raw)
     assert not verify(out).ok
     rehash(out)  # a forger would; then the weighted error tells

@@ -7,7 +7,6 @@ no |x|^2 - 2 x c + |c|^2, whose cancellation would choose the wrong one of two n
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,50 +26,47 @@ def nearest(x: Floats, weights: Floats, codebook: Floats, bias: Floats) -> tuple
     `codebook` is (K, d), `bias` (K,) what a codeword costs by itself. Of equally near codewords
     the first is taken. Cost: about a third of a nanosecond a pair in two dimensions.
     """
-    codes, errors = search_of(codebook.shape[1])(x, weights, codebook, bias)
+    axes = (0,) * codebook.shape[1]
+    codes, errors = _search(x, weights, codebook, bias, axes)
     return codes, errors
 
 
-@cache
-def search_of(dim: int) -> Any:
-    """`nearest`, compiled for one length of blocks.
+@njit(cache=True, nogil=True)
+def _search(x: Any, weights: Any, codebook: Any, bias: Any, axes: Any) -> Any:
+    """`nearest`, compiled for every length of blocks: the type of `axes`, a tuple, has it.
 
     Points go `_LANES` at a time, coordinates first: with the length known, a distance is one
     expression that the compiler vectorizes over points and never writes to memory.
     """
-
-    @njit(cache=True, nogil=True)
-    def search(x: Any, weights: Any, codebook: Any, bias: Any) -> Any:
-        count, period = x.shape[0], weights.shape[0]
-        codes = np.empty(count, np.int32)
-        errors = np.empty(count, np.float32)
-        points = np.zeros((dim, _LANES), np.float32)
-        importance = np.zeros((dim, _LANES), np.float32)
-        least = np.empty(_LANES, np.float32)
-        best = np.empty(_LANES, np.int32)
-        for start in range(0, count, _LANES):
-            lanes = min(_LANES, count - start)
-            for lane in range(lanes):
-                row = (start + lane) % period
+    dim = len(axes)
+    count, period = x.shape[0], weights.shape[0]
+    codes = np.empty(count, np.int32)
+    errors = np.empty(count, np.float32)
+    points = np.zeros((dim, _LANES), np.float32)
+    importance = np.zeros((dim, _LANES), np.float32)
+    least = np.empty(_LANES, np.float32)
+    best = np.empty(_LANES, np.int32)
+    for start in range(0, count, _LANES):
+        lanes = min(_LANES, count - start)
+        for lane in range(lanes):
+            row = (start + lane) % period
+            for j in range(dim):
+                points[j, lane] = x[start + lane, j]
+                importance[j, lane] = weights[row, j]
+        least[:] = np.inf
+        best[:] = 0
+        for k in range(codebook.shape[0]):
+            for lane in range(_LANES):
+                distance = bias[k]
                 for j in range(dim):
-                    points[j, lane] = x[start + lane, j]
-                    importance[j, lane] = weights[row, j]
-            least[:] = np.inf
-            best[:] = 0
-            for k in range(codebook.shape[0]):
-                for lane in range(_LANES):
-                    distance = bias[k]
-                    for j in range(dim):
-                        gap = points[j, lane] - codebook[k, j]
-                        distance += importance[j, lane] * gap * gap
-                    nearer = distance < least[lane]
-                    best[lane] = k if nearer else best[lane]
-                    least[lane] = distance if nearer else least[lane]
-            codes[start : start + lanes] = best[:lanes]
-            errors[start : start + lanes] = least[:lanes]
-        return codes, errors
-
-    return search
+                    gap = points[j, lane] - codebook[k, j]
+                    distance += importance[j, lane] * gap * gap
+                nearer = distance < least[lane]
+                best[lane] = k if nearer else best[lane]
+                least[lane] = distance if nearer else least[lane]
+        codes[start : start + lanes] = best[:lanes]
+        errors[start : start + lanes] = least[:lanes]
+    return codes, errors
 
 
 @njit(cache=True, nogil=True)

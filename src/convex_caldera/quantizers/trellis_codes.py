@@ -50,7 +50,7 @@ BYTE_SUM_CODES = {
     "1mad": (34038481, 76625530, 0, 1),
 }
 
-# M of `weyl` by (state bits, ceil(bits)), found by benchmarks/trellis_design.py
+# M of `weyl` by (state bits, floor(bits)), found by benchmarks/trellis_design.py
 MULTIPLIERS = {
     (8, 1): 0x84DAB045,
     (8, 2): 0xC26C9F9D,
@@ -58,8 +58,12 @@ MULTIPLIERS = {
     (8, 4): 0xBB48689B,
     (10, 1): 0x89351897,
     (10, 2): 0xBCB6E913,
-    (10, 3): 0xA03E21CF,
-    (10, 4): 0xEE74532B,
+    (10, 3): 0xDDC41107,
+    (10, 4): 0xC56B59A9,
+    (10, 5): 0xB87C2667,
+    (10, 6): 0xB44008AF,
+    (10, 7): 0xF8F6EB3B,
+    (10, 8): 0xF5FC11E1,
     (12, 1): 0x95B42E2D,
     (12, 2): 0xC3674F67,
     (12, 3): 0xE0634FAF,

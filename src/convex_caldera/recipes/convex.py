@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from convex_caldera.core.recipe import FactorCoding, FitLowRank, Quantize, Recipe, Step
 from convex_caldera.quantizers.trellis import Trellis
 from convex_caldera.recipes.ladder import Shape, Wishes
@@ -27,8 +29,15 @@ LEAST_BITS, MOST_BITS, BIT_STEP = 1.0, 8.0, 1 / 16
 # 4 % less distortion.
 STATE_BITS = 12
 # Where the plan's layers are fitted again anyway, what only decides on the plan is searched with
-# 2^10: a third of the time, and some 5 % more distortion at every rate and rank alike.
+# 2^10: a third of the time for some 5 % more distortion, known beforehand by the rate.
 MEASURING_STATE_BITS = 10
+# Rates, and the distortion of N(0, 1) with 2^12 states over that with 2^10
+# (benchmarks/trellis_design.py --trial); the last before a whole rate is for up to 15/16 more.
+_TRIAL_RATES = (1, 1.875, 2, 2.875, 3, 3.875, 4, 4.875, 5, 5.5, 5.875, 6, 6.875, 7, 7.5, 7.875, 8)
+_OF_TRIAL = (
+    0.985, 0.958, 0.964, 0.918, 0.954, 0.941, 0.934, 0.937, 0.917, 0.923, 0.997, 0.928, 0.941,
+    0.914, 0.878, 0.834, 0.840,
+)  # fmt: skip
 # The factors' own rate, and the least-squares refits that they are rounded after.
 FACTOR_BITS, FACTOR_ITERATIONS = 2, 2
 # Ranks on offer: multiples of a tile, and some below it; none whose factors cost more than this
@@ -60,6 +69,15 @@ def convex_caldera_recipe(
         Quantize(Trellis(bits, state_bits), "full"),
     )
     return Recipe(steps, transforms=(RandomizedHadamard(),))
+
+
+def expected_of_trial(bits: float) -> float:
+    """Loss with `STATE_BITS` over that with `MEASURING_STATE_BITS`, at a rate in bits a weight.
+
+    All that factors miss is coded by the same trellis, so that the ratio is that of its
+    distortions, whatever the rank.
+    """
+    return float(np.interp(bits, _TRIAL_RATES, _OF_TRIAL))
 
 
 def _coding(factor_bits: int, state_bits: int) -> FactorCoding | None:

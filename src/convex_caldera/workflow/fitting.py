@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -85,17 +85,23 @@ class Fitter:
         }
 
 
+# Of a trial's record: by what its losses were multiplied.
+EXPECTED = "expected"
+
+
 @dataclass(frozen=True)
 class Task:
     """One fit: the name it is kept under, its layer and its recipe.
 
-    `primed` is the recipe with what was trained for it beforehand, if anything was.
+    `primed` is the recipe with what was trained for it beforehand, if anything was. Of a trial the
+    losses are kept times `expected`: as those of what it is tried for.
     """
 
     name: str
     site: Site
     recipe: Recipe
     primed: Recipe | None = None
+    expected: float = 1.0
 
 
 def fit_missing(
@@ -115,8 +121,21 @@ def fit_missing(
         return fitter.fit(task.site, task.primed or task.recipe)
 
     for task, fit in side_by_side(work, missing, workers):
-        run.put(task.name, fit.layer, fitter.record(task.site, task.recipe, fit))
+        record = fitter.record(task.site, task.recipe, fit)
+        run.put(task.name, fit.layer, _as_expected(record, task.expected))
         progress.advance(task.name)
+
+
+def _as_expected(record: dict[str, Any], expected: float) -> dict[str, Any]:
+    if expected == 1.0:
+        return record
+    losses = {key: record[key] * expected for key in ("loss", "relative_loss")}
+    return {**record, **losses, EXPECTED: expected}
+
+
+def loss_as_fitted(record: Mapping[str, Any]) -> float:
+    """The loss of the codes that were kept, of a trial's record too."""
+    return float(record["loss"]) / float(record.get(EXPECTED, 1.0))
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[T, R]]:

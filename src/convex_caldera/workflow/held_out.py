@@ -10,6 +10,7 @@ import math
 
 from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.workflow.embedding_curvatures import gradient_curvatures
+from convex_caldera.workflow.fitting import loss_as_fitted
 from convex_caldera.workflow.operating_points import Menus, OperatingPoints
 
 
@@ -33,7 +34,7 @@ def held_out_scale(points: OperatingPoints, probes: Menus) -> dict[str, float]:
     seen = curvatures.held_out_loss(errors, seed, compression.progress)
     logs = {}
     for name, candidates in probes.items():
-        said = [float(points.record(name, c.label)["loss"]) for c in candidates]
+        said = [loss_as_fitted(points.record(name, c.label)) for c in candidates]
         ratios = [a / b for a, b in zip(seen[name], said, strict=True) if a > 0 and b > 0]
         if ratios:
             logs[name] = sum(map(math.log, ratios)) / len(ratios)

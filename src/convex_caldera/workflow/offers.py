@@ -28,6 +28,7 @@ from convex_caldera.recipes.convex import (
     MOST_BITS,
     STATE_BITS,
     convex_caldera_recipe,
+    expected_of_trial,
     menu_ranks,
 )
 from convex_caldera.recipes.embedding import embedding_recipe
@@ -75,8 +76,11 @@ class Offers:
     def candidate(self, name: str, choice: Choice) -> Candidate:
         """An option as it is measured and stored."""
         refitted = self.job.targets == "drift-corrected" and not self.is_embedding(name)
-        trial = self.recipe(name, choice, MEASURING_STATE_BITS) if refitted else None
-        return Candidate(choice.label, self.recipe(name, choice), trial)
+        recipe = self.recipe(name, choice)
+        if not refitted:
+            return Candidate(choice.label, recipe)
+        trial = self.recipe(name, choice, MEASURING_STATE_BITS)
+        return Candidate(choice.label, recipe, trial, expected_of_trial(choice.bits))
 
     def recipe(self, name: str, choice: Choice, state_bits: int = STATE_BITS) -> Recipe:
         """The recipe of an option; 2^state_bits states of its trellises."""

@@ -40,11 +40,13 @@ class Candidate:
         recipe: what the layer is stored by.
         trial: a quicker recipe for codes of the same size, which is measured in its place where
             the layers of the plan are fitted again.
+        expected: loss of the recipe over that of the trial, as far as is known beforehand.
     """
 
     label: str
     recipe: Recipe
     trial: Recipe | None = None
+    expected: float = 1.0
 
 
 Menus = Mapping[str, Sequence[Candidate]]
@@ -78,9 +80,9 @@ class OperatingPoints:
         """Fit every candidate that is not there yet, and run the model with those of embeddings."""
         sites = self.sites
         tasks = [
-            Task(_key(name, candidate.label), sites[name], candidate.trial or candidate.recipe)
+            Task(_key(name, c.label), sites[name], c.trial or c.recipe, expected=c.expected)
             for name, candidates in menus.items()
-            for candidate in candidates
+            for c in candidates
         ]
         c = self.compression
         fit_missing(c.fitter, tasks, self.kept, stage, c.progress, c.workers)

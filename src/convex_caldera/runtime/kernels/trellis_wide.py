@@ -21,8 +21,9 @@ torch's threads.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -329,18 +330,25 @@ def _rows(  # type: ignore[no-untyped-def]
                 out[token, TILE * i + row] = total * units[TILE * i + row]
 
 
-@cache
-def kernel(kind: int, single: bool, alike: bool) -> Any:
+def kernel(kind: int, single: bool, alike: bool) -> Callable[..., None]:
     """The compiled loop for a family of codes, for one token or several, for rows of whole bytes
 
     or not. These are constants of it, which inlining carries into every branch.
     """
+    return partial(_multiply_rows, (0,) * kind, (0,) * single, (0,) * alike)
 
-    @njit(cache=True, nogil=True, _nrt=False)
-    def multiply_rows(packed, f, places, shifts, table, spare, sums, x, units, first, last, out):  # type: ignore[no-untyped-def]
-        _rows(
-            kind, single, alike,
-            packed, f, places, shifts, table, spare, sums, x, units, first, last, out,
-        )  # fmt: skip
 
-    return multiply_rows
+@njit(cache=True, nogil=True, _nrt=False)
+def _multiply_rows(  # type: ignore[no-untyped-def]
+    kind, single, alike, packed, f, places, shifts, table, spare, sums, x, units, first, last, out
+):
+    """`_rows` by constants that are lengths of tuples.
+
+    Lengths belong to a tuple's type, so that each has a compiled function of its own. Constants
+    of an enclosing function would do too, but of two processes that fill numba's cache at once
+    one may leave its code under the other's constants; a type is checked when it is called.
+    """
+    _rows(
+        len(kind), len(single) == 1, len(alike) == 1,
+        packed, f, places, shifts, table, spare, sums, x, units, first, last, out,
+    )  # fmt: skip
