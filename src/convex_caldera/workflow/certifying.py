@@ -28,8 +28,9 @@ UNITS = {
 
 DRIFT_STATEMENT = (
     " The options were measured with the original weights as targets, and some with a shorter "
-    "search; the layers of the plan were then fitted again, block after block, to targets that "
-    "make up for the blocks before them. "
+    "search, their losses multiplied by what the longer one is known to leave of them; the layers "
+    "of the plan were then fitted again, block after block, to targets that make up for the "
+    "blocks before them. "
     "Each layer's own weighted error is that of the layer as stored, its option's beside it."
 )
 
