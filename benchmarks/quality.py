@@ -11,8 +11,8 @@ the table says so, where the folder is absent. Methods share the statistics of a
 first that needs them collects. Seconds are those of this machine under whatever load it had, the
 statistics included where the cell collected them; compare them within one run only.
 
-With --work, outputs stay there and a run that was cut short goes on where it was. Models and
-budgets that are not asked for keep their rows in the table.
+With --work, outputs stay there and a run that was cut short goes on where it was. Models, budgets
+and methods that are not asked for keep their rows in the table.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from convex_caldera.recipes.table import METHODS as KNOWN
 from convex_caldera.recipes.table import method as method_named
 from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.evaluating import evaluate_models
@@ -159,10 +160,12 @@ def main() -> None:
 
 
 def merged(rows: list[dict], new: list[dict]) -> list[dict]:
-    """Rows with those of one model and budget replaced, in order of both."""
-    place = (new[0]["model"], new[0]["budget_bits"])
-    kept = [row for row in rows if (row["model"], row["budget_bits"]) != place]
-    return sorted(kept + new, key=lambda row: (row["model"], row["budget_bits"]))
+    """Rows with new ones in the place of those of the same cells, in order."""
+    order = ["original", *KNOWN]
+    cells = {
+        (row["model"], row["budget_bits"], order.index(row["method"])): row for row in rows + new
+    }
+    return [cells[place] for place in sorted(cells)]
 
 
 def save(rows: list[dict], skipped: list[str], args) -> None:
