@@ -4,8 +4,8 @@ A multiplier M is worth trying for state length L and K bits if the 2^K multiple
 that follow one path) and the 2^K multiples of M 2^(L-K) (levels of paths that meet) are spread
 over the circle of 2^32 without a gap below `SPREAD` of the even one. Of those, the least
 distortion of a Gaussian wins, over the rates from K bits to below K + 1 that will take it, in
-rounds that keep a quarter and look four times as closely. (Longer states than 10 bits were
-searched at K bits alone.)
+rounds that keep a quarter and look four times as closely. (Those in use for states longer than 10
+bits were searched at K bits alone; with --upper, at rates from K + 1/2 on.)
 
     python benchmarks/trellis_design.py --state-bits 8 10 12 14 16 --bits 1 2 3 4
 
@@ -48,10 +48,17 @@ def is_spread(multiplier: int, state_bits: int, bits: int) -> bool:
     return min(gap(multiplier, bits), gap(meeting, bits)) >= SPREAD
 
 
-def served(multiplier: int, state_bits: int, bits: int, tiles: int, survivors: int) -> float:
-    """Mean distortion ratio over the rates that take this multiplier, bits .. bits + 15/16."""
-    rates = [bits + part / 16 for part in (0, 4, 8, 12, 15) if bits < 8 or part == 0]
-    found = [ratio(multiplier, state_bits, rate, tiles, survivors) for rate in rates]
+# Sixteenths above a whole rate at which its multiplier is tried: from there on, or from halfway.
+FROM_WHOLE, FROM_HALF = (0, 4, 8, 12, 15), (8, 12, 15)
+
+
+def served(multiplier: int, state_bits: int, bits: int, args: argparse.Namespace) -> float:
+    """Mean distortion ratio over the rates that take this multiplier."""
+    parts = (0,) if bits == 8 else FROM_HALF if args.upper else FROM_WHOLE
+    found = [
+        ratio(multiplier, state_bits, bits + part / 16, args.tiles, args.survivors)
+        for part in parts
+    ]
     return sum(found) / len(found)
 
 
@@ -101,11 +108,11 @@ def find(state_bits: int, bits: int, args: argparse.Namespace) -> int:
         multiplier = int(rng.integers(1 << 31, 1 << 32)) | 1
         if is_spread(multiplier, state_bits, bits):
             pool.append(multiplier)
-    tiles = args.tiles
+    args = argparse.Namespace(**vars(args))
     while len(pool) > 1:
-        scores = sorted((served(m, state_bits, bits, tiles, args.survivors), m) for m in pool)
+        scores = sorted((served(m, state_bits, bits, args), m) for m in pool)
         pool = [m for _, m in scores[: max(len(pool) // 4, 1)]]
-        tiles *= 4
+        args.tiles *= 4
     return pool[0]
 
 
@@ -117,6 +124,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=64)
     parser.add_argument("--tiles", type=int, default=16)
     parser.add_argument("--survivors", type=int, default=512)
+    parser.add_argument("--upper", action="store_true", help="for the rates from K + 1/2 on")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--trial", action="store_true")
     args = parser.parse_args()
@@ -135,7 +143,8 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             best = find(state_bits, bits, args)
-            final = served(best, state_bits, bits, 256, args.survivors)
+            closely = argparse.Namespace(**{**vars(args), "tiles": 256})
+            final = served(best, state_bits, bits, closely)
             seconds = time.perf_counter() - began
             print(
                 f"({state_bits}, {bits}): 0x{best:08X},  # {final:.4f}  {seconds:.0f} s", flush=True

@@ -113,6 +113,19 @@ MULTIPLIERS = {
     (28, 7): 0xDD8EC379,
 }
 
+# The same for rates from halfway to the next whole one on: most steps are of the longer kind.
+UPPER_MULTIPLIERS = {
+    (10, 1): 0xC19E4199,
+    (10, 2): 0xA08D5A39,
+    (12, 1): 0xC2D92087,
+    (12, 2): 0xA09885C3,
+    (12, 3): 0xAFDD4EFF,
+    (12, 4): 0xEF788953,
+    (12, 5): 0x8D5A5E13,
+    (12, 6): 0xF4299867,
+    (12, 7): 0x9701FE59,
+}
+
 # Standard deviation of the levels over 2^32 states: four bytes give sqrt(4 (256^2 - 1) / 12).
 BYTE_SUM_SIGMA = 147.8005
 BYTE_SUM_MEAN = 510
@@ -137,7 +150,9 @@ def designed_multiplier(state_bits: int, bits: float) -> int:
     """
     length = min((L for L, _ in MULTIPLIERS if L >= state_bits), default=MAX_DESIGNED_BITS)
     most = max(K for L, K in MULTIPLIERS if length == L)
-    return MULTIPLIERS[length, min(math.floor(bits), most)]
+    place = length, min(math.floor(bits), most)
+    upper = UPPER_MULTIPLIERS.get(place) if bits % 1 >= 0.5 else None
+    return MULTIPLIERS[place] if upper is None else upper
 
 
 def best_spread(bits: float) -> float:
