@@ -52,10 +52,11 @@ FAMILIES: dict[str, list[Quantizer]] = {
 }
 TRELLIS_FAMILIES = {
     "trellis, L = 12": "weyl-12-",
+    "trellis, trained table of 2^12": "table-12-",
     "trellis, L = 16": "weyl-16-",
     "trellis, beam of 16384": "beam-weyl-24-16384-",
 }
-MARKERS = "sDv^<>pPhX*oH"
+MARKERS = "sDv^<>pPhX*oHd"
 
 
 def entropy_bits(codes: torch.Tensor) -> float:
