@@ -48,7 +48,6 @@ SECTIONS = {
     "search": "The mu of a rank",
 }
 RANDOM_TOL = 1e-10  # relative gap; prices converge as its root
-# An answer whose own optimality conditions fail by more is asked for in other ways.
 OBJECTIVE_TOLERANCE, PRICE_TOLERANCE, BITS_TOLERANCE = 1e-6, 1e-4, 1e-4
 
 
