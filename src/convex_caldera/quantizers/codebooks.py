@@ -7,6 +7,7 @@ with h the importance of the columns and b_k what a codeword costs by itself.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from convex_caldera.quantizers.groups import check_codes, check_columns, check_f
 _CHUNK = 1 << 18  # distances of the plain search at a time
 
 
-class BlockCodes(ScalarCodes):
+class BlockCodes(ScalarCodes, ABC):
     """Codes (m, blocks), one for every `quantizer.dim` columns begun, of a codebook (K, dim).
 
     For frozen dataclasses whose fields include these four. Columns missing from a row's last
@@ -38,9 +39,9 @@ class BlockCodes(ScalarCodes):
     def blocks(self) -> int:
         return -(-self.shape[1] // int(self.quantizer.dim))
 
+    @abstractmethod
     def block_scales(self, first: int, count: int) -> Tensor:
         """Scales of blocks first .. first + count of every row, broadcastable to (m, count)."""
-        raise NotImplementedError
 
     def block_weights(self, start: int, size: int, device: torch.device) -> Tensor:
         """(1, dim) or (blocks, dim): importance of the columns, zero for those that are missing."""

@@ -15,7 +15,7 @@ codes are wider than the rate, so the quantizer needs a coder. Levels are learne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from convex_caldera.coding.bitpack import packed_bytes
 from convex_caldera.coding.symbols import num_parts
 from convex_caldera.errors import RecipeError
-from convex_caldera.quantizers.grouped import ScalarCodes
+from convex_caldera.quantizers.grouped import OneScaled
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     check_codes,
@@ -37,7 +37,6 @@ from convex_caldera.quantizers.groups import (
     check_matrix,
     checked_tensor,
     round_scales,
-    sliced_shape,
 )
 from convex_caldera.quantizers.normalized import natural_scales
 from convex_caldera.quantizers.rate_search import code_within, log_price
@@ -143,7 +142,7 @@ class ECSQ:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedECSQ(ScalarCodes):
+class FittedECSQ(OneScaled):
     """ECSQ with its levels, ascending, the last repeated where fewer are used. Codes (m, n) uint8.
 
     `bounds` between the cells of levels used are not stored: a restored quantizer encodes to the
@@ -159,10 +158,6 @@ class FittedECSQ(ScalarCodes):
     @property
     def code_bits(self) -> int:
         return self.quantizer.code_bits
-
-    @property
-    def position_free(self) -> bool:
-        return True
 
     def encode(self, x: Tensor, start: int = 0) -> Tensor:
         """Codes (m, d) of the cells that columns start .. start + d lie in."""
@@ -204,20 +199,11 @@ class FittedECSQ(ScalarCodes):
         check_finite(torch.from_numpy(goal), "what the feedback made of the matrix")
         return torch.from_numpy(codes), torch.from_numpy(values)
 
-    def widened(self, by: float) -> FittedECSQ:
-        """The same levels under a scale so many times as large."""
-        scales = round_scales(self.scales.double() * by, self.quantizer.scale_dtype)
-        return replace(self, scales=scales)
-
     @property
     def _bounds(self) -> Tensor:
         """Between the cells, or halfway between levels where the cells are not known."""
         levels = self.levels.float()
         return (levels[1:] + levels[:-1]) / 2 if self.bounds is None else self.bounds
-
-    def take_rows(self, rows: slice) -> FittedECSQ:
-        shape = sliced_shape(self.shape, rows)
-        return FittedECSQ(self.quantizer, shape, self.scales, self.levels, self.bounds)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scales": self.scales, "levels": self.levels}

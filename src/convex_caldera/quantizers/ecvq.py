@@ -28,13 +28,13 @@ from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers.clustering import TOLERANCE, started, thinned
 from convex_caldera.quantizers.codebooks import BlockCodes
 from convex_caldera.quantizers.ecsq import header_bytes
+from convex_caldera.quantizers.grouped import OneScaled
 from convex_caldera.quantizers.groups import (
     SCALE_DTYPES,
     check_group_options,
     check_matrix,
     checked_tensor,
     round_scales,
-    sliced_shape,
 )
 from convex_caldera.quantizers.kmeans import FittedKMeans, KMeans
 from convex_caldera.quantizers.normalized import natural_scales
@@ -154,7 +154,7 @@ class ECVQ:
 
 
 @dataclass(frozen=True, eq=False)
-class FittedECVQ(BlockCodes):
+class FittedECVQ(OneScaled, BlockCodes):
     """ECVQ with its codebook, the last codeword repeated where fewer are used. Codes (m, blocks).
 
     `costs` of the codewords used, lambda * length, are not stored: a restored quantizer encodes to
@@ -168,10 +168,6 @@ class FittedECVQ(BlockCodes):
     costs: Tensor | None = None
 
     @property
-    def position_free(self) -> bool:
-        return True
-
-    @property
     def offered(self) -> tuple[Tensor, Tensor]:
         """Codewords in use, and their costs as far as they are known."""
         if self.costs is None:
@@ -181,15 +177,6 @@ class FittedECVQ(BlockCodes):
     def block_scales(self, first: int, count: int) -> Tensor:
         """The scale of all blocks, (1, 1)."""
         return self.scales.float()
-
-    def widened(self, by: float) -> FittedECVQ:
-        """The same codebook under a scale so many times as large."""
-        scales = round_scales(self.scales.double() * by, self.quantizer.scale_dtype)
-        return replace(self, scales=scales)
-
-    def take_rows(self, rows: slice) -> FittedECVQ:
-        shape = sliced_shape(self.shape, rows)
-        return FittedECVQ(self.quantizer, shape, self.scales, self.codebook, self.costs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from convex_caldera.coding.bitpack import pack_bits, unpack_bits
-from convex_caldera.quantizers.groups import SCALE_DTYPES, Groups, checked_tensor, sliced_shape
+from convex_caldera.quantizers.groups import (
+    SCALE_DTYPES,
+    Groups,
+    checked_tensor,
+    round_scales,
+    sliced_shape,
+)
 
 
 class ScalarCodes:
@@ -66,6 +72,27 @@ class GroupScaled(ScalarCodes):
         """Scales of the columns start .. start + size, float32, broadcastable to (m, size)."""
         groups = Groups(self.shape, self.quantizer.group_size)
         return groups.spread(self.scales.to(device), start, size).float()
+
+
+class OneScaled(ScalarCodes):
+    """Codes under one scale (1, 1) for the whole matrix, so the same wherever they lie in it.
+
+    For frozen dataclasses whose fields include these three, with `scale_dtype` in the quantizer.
+    """
+
+    scales: Tensor
+
+    @property
+    def position_free(self) -> bool:
+        return True
+
+    def widened(self, by: float) -> Self:
+        """The same levels or codewords under a scale so many times as large."""
+        scales = round_scales(self.scales.double() * by, self.quantizer.scale_dtype)
+        return dataclasses.replace(self, scales=scales)  # type: ignore[type-var]
+
+    def take_rows(self, rows: slice) -> Self:
+        return dataclasses.replace(self, shape=sliced_shape(self.shape, rows))  # type: ignore[type-var]
 
 
 def restored_scales(
