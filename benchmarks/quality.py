@@ -13,6 +13,9 @@ statistics included where the cell collected them; compare them within one run o
 
 With --work, outputs stay there and a run that was cut short goes on where it was. Models, budgets
 and methods that are not asked for keep their rows in the table.
+
+A method may be followed by the format that activations are rounded to: `l2qer+mxint8/16` is W4A8
+at a budget of 4 bits (docs/activations.md).
 """
 
 from __future__ import annotations
@@ -49,16 +52,18 @@ def run_cell(model: str, method: str, bits: float, text: str, out: Path, args) -
     done = out.with_suffix(".summary.json")
     if done.is_file():
         return json.loads(done.read_text())
+    name, _, activations = method.partition("+")
     settings = make_settings(
         model=model,
-        method=method,
+        method=name,
         bits=bits,
+        activations=activations or None,
         dataset=text,
         nsamples=args.nsamples,
         seqlen=args.seqlen,
         allow_short=True,
     )
-    kind = method_named(method).curvature
+    kind = method_named(name).curvature
     statistics = None if kind == "none" else out.parent / f"{Path(model).name}-{kind}"
     summary = compress_to(settings, out, hessians=statistics, workers=args.workers).to_dict()
     kept = ("file_bytes", "bits_per_compressed_weight", "bits_per_weight", "seconds",
@@ -70,7 +75,7 @@ def run_cell(model: str, method: str, bits: float, text: str, out: Path, args) -
 
 def output(folder: Path, model: str, method: str, bits: float) -> Path:
     """Where a cell is compressed to; no dots, so that a suffix can be put to it."""
-    return folder / f"{Path(model).name}-{method}-{round(1000 * bits)}"
+    return folder / f"{Path(model).name}-{method.replace('/', '-')}-{round(1000 * bits)}"
 
 
 def run_budget(name: str, bits: float, args, folder: Path) -> list[dict]:
@@ -162,10 +167,13 @@ def main() -> None:
 def merged(rows: list[dict], new: list[dict]) -> list[dict]:
     """Rows with new ones in the place of those of the same cells, in order."""
     order = ["original", *KNOWN]
-    cells = {
-        (row["model"], row["budget_bits"], order.index(row["method"])): row for row in rows + new
-    }
-    return [cells[place] for place in sorted(cells)]
+
+    def place(row: dict) -> tuple:
+        name, _, activations = row["method"].partition("+")
+        return row["model"], row["budget_bits"], order.index(name), activations
+
+    cells = {place(row): row for row in rows + new}
+    return [cells[key] for key in sorted(cells)]
 
 
 def save(rows: list[dict], skipped: list[str], args) -> None:

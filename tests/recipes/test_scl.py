@@ -93,8 +93,17 @@ def test_codebooks_larger_than_the_matrix_are_refused() -> None:
             METHODS[name].ladder((4, 8), wishes)
     with pytest.raises(RecipeError, match="another block size"):
         METHODS["scl-vector-vq"].ladder(SHAPE, Wishes(bits=3, block_size=8))
-    with pytest.raises(RecipeError, match="smaller --block-size"):
+    with pytest.raises(RecipeError, match="blocks of 4 .* 6 bits"):
         METHODS["scl-ecvq"].ladder(SHAPE, Wishes(bits=6, block_size=4))
+
+
+def test_ecvq_offers_blocks_of_two_as_far_as_they_go() -> None:
+    ladder = METHODS["scl-ecvq"].ladder((1024, 1024), Wishes())
+    offered = [recipe.steps[0].quantizer for recipe in ladder]  # type: ignore[union-attr]
+    assert [quantizer.bits for quantizer in offered] == [k / 8 for k in range(4, 49)]
+    assert all(quantizer.dim == (2 if quantizer.bits <= 3 else 1) for quantizer in offered)
+    sizes = [layer_bytes(recipe, (1024, 1024)) for recipe in ladder]
+    assert sizes == sorted(sizes)
 
 
 def test_vector_ladders_rise_and_keep_codebooks_small() -> None:

@@ -40,7 +40,7 @@ from convex_caldera.quantizers.kmeans import FittedKMeans, KMeans
 from convex_caldera.quantizers.normalized import natural_scales
 from convex_caldera.quantizers.rate_search import code_within, log_price
 
-MOST_RATE = 6.0  # bits of a block: its codes have two more, and eight at most
+LEAST_RATE, MOST_RATE = 0.5, 6.0  # bits of a block: its codes have two more, and eight at most
 # The rate that the codebook is chosen for: it is fitted to a sample.
 _RATE_SHARE = 0.995
 _RATE_TOLERANCE = 1e-3
@@ -76,7 +76,7 @@ class ECVQ:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", float(self.bits))
-        if not 1 <= self.dim <= 8 or not 0.5 <= self.bits * self.dim <= MOST_RATE:
+        if not 1 <= self.dim <= 8 or not LEAST_RATE <= self.bits * self.dim <= MOST_RATE:
             raise RecipeError(
                 f"ECVQ has blocks of 1 to 8 columns and 0.5 to {MOST_RATE:g} bits for each, got "
                 f"{self.bits} bits per weight in blocks of {self.dim}"

@@ -24,7 +24,7 @@ from convex_caldera.core.recipe import Quantize, Recipe, Step
 from convex_caldera.errors import RecipeError
 from convex_caldera.quantizers.clipped_uniform import ClippedUniform
 from convex_caldera.quantizers.ecsq import ECSQ
-from convex_caldera.quantizers.ecvq import ECVQ
+from convex_caldera.quantizers.ecvq import ECVQ, LEAST_RATE, MOST_RATE
 from convex_caldera.quantizers.groups import PER_TENSOR
 from convex_caldera.quantizers.kmeans import MAX_CODE_BITS, KMeans
 from convex_caldera.quantizers.lloyd_max import LloydMax
@@ -151,14 +151,23 @@ def ecsq_ladder(shape: Shape, wishes: Wishes) -> tuple[Recipe, ...]:
 
 
 def ecvq_ladder(shape: Shape, wishes: Wishes) -> tuple[Recipe, ...]:
+    """Every rate, in blocks of two as far as their codes go and weight by weight beyond."""
     del shape
-    size = wishes.block_size or ECVQ_BLOCK_SIZE
-    rates = [rate for rate in _rates(wishes) if 0.5 <= rate * size <= 6]
-    if not rates:
-        raise RecipeError(f"blocks of {size} have 0.5 to 6 bits; choose a smaller --block-size")
+    sizes = (wishes.block_size,) if wishes.block_size else (ECVQ_BLOCK_SIZE, 1)
+    fitting = {
+        rate: size for size in reversed(sizes) for rate in _rates(wishes)
+        if LEAST_RATE <= rate * size <= MOST_RATE
+    }  # fmt: skip
+    if not fitting:
+        raise RecipeError(
+            f"blocks of {' or '.join(map(str, sizes))} have {LEAST_RATE:g} to {MOST_RATE:g} bits; "
+            "choose other --bits or another --block-size"
+        )
     options = {"iterations": wishes.num_iters, "sample_size": wishes.sample_size}
     given = {name: value for name, value in options.items() if value is not None}
-    return tuple(with_coder(ECVQ(rate, size, **given), "rans") for rate in rates)
+    return tuple(
+        with_coder(ECVQ(rate, fitting[rate], **given), "rans") for rate in sorted(fitting)
+    )
 
 
 def _recipe(quantizer: Quantizer) -> Recipe:
