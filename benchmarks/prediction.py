@@ -4,10 +4,10 @@
                                     [--work DIR] [--window 512] [--max-tokens 8192]
                                     [--out benchmarks/results/prediction.json]
 
-Two predictions of the whole: the plan's, which adds up what layers cost alone as they were
-measured before drift correction, and the KL on calibration windows held out, which a compression
-states when it ends. Both are set beside the KL on text that no calibration has seen. A layer's
-prediction is its own stored loss times its held-out scale; it is set beside the KL of the
+Two predictions of the whole: the plan's, which is the sum of what its layers cost alone times the
+share of it that drift correction leaves, and the KL on calibration windows held out, which a
+compression states when it ends. Both are set beside the KL on text that no calibration has seen. A
+layer's prediction is its own stored loss times its held-out scale; it is set beside the KL of the
 original model with this one layer exchanged. Windows longer than those of the calibration ask for
 positions that no prediction has seen; rows of several --window stand side by side. Outputs are
 those of benchmarks/quality.py under --work, made there if they are missing. Writes JSON, a table,
@@ -37,6 +37,7 @@ from convex_caldera.report.plots.calibration import GOOD_RATIO, rank_correlation
 from convex_caldera.runtime.load import load
 from convex_caldera.storage.manifest import FOLDER
 from convex_caldera.storage.read import open_container
+from convex_caldera.workflow.held_out_kl import expected_kl
 from convex_caldera.workflow.single_layers import kl_of_single_layers
 
 METHOD = "convex-caldera"
@@ -69,8 +70,10 @@ def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
     return {
         "model": Path(name).name,
         "bits": bits,
+        "seqlen": args.seqlen,
         "window": args.window,
-        "plan": certificate["plan"]["distortion"],
+        "sum": certificate["plan"]["distortion"],
+        "expected_kl": expected_kl(certificate["plan"]["distortion"], certificate["targets"]),
         "held_out_kl": container.report().get("held_out_kl"),
         "measured_kl": found["total_kl"],
         "measured_kl_stderr": found["total_kl_stderr"],
@@ -85,7 +88,7 @@ def summary(row: dict) -> dict[str, float]:
     low, high = GOOD_RATIO
     held_out = row["held_out_kl"]["kl"] if row["held_out_kl"] else float("nan")
     return {
-        "by_plan": row["measured_kl"] / row["plan"],
+        "by_plan": row["measured_kl"] / row["expected_kl"],
         "by_held_out": row["measured_kl"] / held_out,
         "layers_in_band": float(np.mean((y / x >= low) & (y / x <= high))),
         "median_layer": statistics.median((y / x).tolist()),
@@ -99,16 +102,17 @@ def table(rows: list[dict]) -> str:
         "no calibration has seen. Layers: share with a ratio from 0.7 to 1.4, median ratio, "
         "Spearman's rank correlation.",
         "",
-        "| model | budget | window | measured KL | plan's sum | ratio | held-out windows | ratio "
-        "| layers in band | median layer | rank correlation |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | budget | calibrated in windows of | window | measured KL | sum of layers "
+        "| predicted by the plan | ratio | held-out windows | ratio | layers in band "
+        "| median layer | rank correlation |",
+        "|---" * 13 + "|",
     ]
     for row in rows:
         s, held_out = summary(row), row["held_out_kl"]
         lines.append(
-            f"| {row['model']} | {row['bits']:g} | {row['window']} "
+            f"| {row['model']} | {row['bits']:g} | {row['seqlen']} | {row['window']} "
             f"| {row['measured_kl']:.5f} ± {row['measured_kl_stderr']:.5f} "
-            f"| {row['plan']:.5f} | {s['by_plan']:.2f} "
+            f"| {row['sum']:.5f} | {row['expected_kl']:.5f} | {s['by_plan']:.2f} "
             f"| {held_out['kl']:.5f} ± {held_out['kl_stderr']:.5f} | {s['by_held_out']:.2f} "
             f"| {100 * s['layers_in_band']:.0f} % | {s['median_layer']:.2f} "
             f"| {s['rank_correlation']:.3f} |"
@@ -131,7 +135,7 @@ def draw(rows: list[dict], path: Path) -> None:
         bits = [row["bits"] for row in own]
         found = [summary(row) for row in own]
         style = {"color": color, "marker": marker}
-        whole.plot(bits, [s["by_plan"] for s in found], **style, label=f"{model}, plan's sum")
+        whole.plot(bits, [s["by_plan"] for s in found], **style, label=f"{model}, plan")
         whole.plot(
             bits, [s["by_held_out"] for s in found], **style,
             linestyle="--", markerfacecolor="white", label=f"{model}, held-out windows",

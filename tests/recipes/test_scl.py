@@ -93,7 +93,7 @@ def test_codebooks_larger_than_the_matrix_are_refused() -> None:
             METHODS[name].ladder((4, 8), wishes)
     with pytest.raises(RecipeError, match="another block size"):
         METHODS["scl-vector-vq"].ladder(SHAPE, Wishes(bits=3, block_size=8))
-    with pytest.raises(RecipeError, match="blocks of 4 .* 6 bits"):
+    with pytest.raises(RecipeError, match=r"blocks of 4 .* 6 bits"):
         METHODS["scl-ecvq"].ladder(SHAPE, Wishes(bits=6, block_size=4))
 
 

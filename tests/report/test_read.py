@@ -11,6 +11,7 @@ from convex_caldera.report.byte_parts import REST, byte_parts
 from convex_caldera.report.names import Place, natural_key, place_of, short_kinds
 from convex_caldera.report.read import read_inputs, read_run
 from convex_caldera.report.rows import entries
+from convex_caldera.report.words import measured_words
 from convex_caldera.storage.manifest import write_manifest
 from convex_caldera.storage.read import open_container
 from tests.report import making
@@ -64,6 +65,18 @@ def test_measurements_stand_beside_the_predictions(tmp_path):
     assert measured[making.NAMES[1]] == 0.0022
     assert run.spectra[0].index == (1, 2, 3, 4)
     assert run.spectra[0].loss_left == (1.0, 0.3, 0.1, 0.0)
+
+
+def test_what_was_expected_of_the_whole_is_set_beside_what_it_lost(tmp_path):
+    contents = making.files()
+    contents["report.json"]["expected_kl"] = 0.02
+    run = read_run(making.write_run(tmp_path / "out", contents))
+    alone = f"{run.certificate.distortion:.4g}"
+    said = measured_words(run, [])[0]
+    assert "Predicted 0.02," in said and "(1.50 times)" in said and alone in said
+    del contents["report.json"]["expected_kl"]  # an output of an earlier version
+    run = read_run(making.write_run(tmp_path / "old", contents))
+    assert f"Predicted {alone}," in measured_words(run, [])[0]
 
 
 MUTATIONS = {

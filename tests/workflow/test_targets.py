@@ -38,6 +38,10 @@ def report_of(out: Path) -> dict:
     return open_container(out).report()
 
 
+def plan_of(out: Path) -> dict:
+    return json.loads((out / "convex_caldera" / "certificate.json").read_text())["plan"]
+
+
 def done(ran: Ran, out: Path) -> dict:
     assert ran.code == 0, ran.err
     assert run("verify", out).code == 0
@@ -122,13 +126,17 @@ def test_the_default_method_corrects_drift_where_it_can_be_measured(
     corrected = done(compress(small, tmp_path / "a", text, *menu), tmp_path / "a")
     assert corrected["targets"] == "drift-corrected"
     assert corrected["held_out_kl"]["kl"] > 0
+    plan = plan_of(tmp_path / "a")
+    assert corrected["expected_kl"] == pytest.approx(0.8 * plan["distortion"])
     few = ("--nsamples", 2)  # too few to search a blend
     plain = done(compress(small, tmp_path / "b", text, *menu, *few), tmp_path / "b")
     assert plain["targets"] == "original"
+    assert plain["expected_kl"] == plan_of(tmp_path / "b")["distortion"]
     other = done(
         compress(small, tmp_path / "c", text, "--method", "rtn", "--bits", 6), tmp_path / "c"
     )
-    assert other["targets"] == "original" and "held_out_kl" not in other
+    assert other["targets"] == "original"
+    assert not {"held_out_kl", "expected_kl"} & set(other)
 
 
 @pytest.mark.parametrize(

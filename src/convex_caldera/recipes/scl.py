@@ -165,9 +165,7 @@ def ecvq_ladder(shape: Shape, wishes: Wishes) -> tuple[Recipe, ...]:
         )
     options = {"iterations": wishes.num_iters, "sample_size": wishes.sample_size}
     given = {name: value for name, value in options.items() if value is not None}
-    return tuple(
-        with_coder(ECVQ(rate, fitting[rate], **given), "rans") for rate in sorted(fitting)
-    )
+    return tuple(with_coder(ECVQ(rate, fitting[rate], **given), "rans") for rate in sorted(fitting))
 
 
 def _recipe(quantizer: Quantizer) -> Recipe:

@@ -84,6 +84,7 @@ def read_run(directory: Path) -> Run:
         versions=_texts(provenance, "versions"),
         source_files=_texts(provenance, "source_files"),
         files=len(manifest) + 1,
+        expected_kl=report.number_or_none("expected_kl"),
         held_out=_held_out(report.table_or_none("held_out_kl")),
         seconds=report.number_or_none("seconds"),
         peak_memory_bytes=report.count_or_none("peak_memory_bytes"),

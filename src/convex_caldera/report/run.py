@@ -146,7 +146,8 @@ class Landscape:
 class Run:
     """One output directory. `byte_parts` maps matrix kind -> what -> bytes.
 
-    `held_out` is the KL of the whole model on calibration windows that no curvature saw.
+    `expected_kl` is what the plan said of the whole model's KL, `held_out` what it is on
+    calibration windows that no curvature saw.
     """
 
     directory: Path
@@ -166,6 +167,7 @@ class Run:
     spectra: tuple[Spectra, ...] = ()
     landscape: Landscape | None = None
     measured: MeasuredLoss | None = None
+    expected_kl: float | None = None
     held_out: MeasuredLoss | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None

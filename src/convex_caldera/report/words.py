@@ -105,14 +105,18 @@ def measured_words(run: Run, evaluations: Sequence[EvaluationFile]) -> list[str]
     for evaluation, score in zip(evaluations, mine.scores if mine else (), strict=True):
         if score is not None:
             text = f" on {evaluation.text}" if evaluation.text else ""
-            lines.append(_beside(run, run.certificate.distortion, text, score.kl))
+            lines.append(_beside(run, run.certificate, text, score.kl))
     return lines
 
 
-def _beside(run: Run, predicted: float, text: str, kl: float) -> str:
-    """The sum of the layers, what the whole cost on held-out calibration text, and a KL."""
+def _beside(run: Run, certificate: Certificate, text: str, kl: float) -> str:
+    """What was expected, what the whole cost on held-out calibration text, and a KL."""
+    alone = certificate.distortion
+    predicted = alone if run.expected_kl is None else run.expected_kl
     ratio = f" ({kl / predicted:.2f} times)" if predicted > 0 else ""
     line = f"Predicted {predicted:.4g}, measured{text} {kl:.4g}{ratio}."
+    if predicted != alone:
+        line += f" Layers alone add up to {alone:.4g}; targets that make up for drift lower that."
     if run.held_out is not None and run.held_out.kl > 0:
         h = run.held_out
         line += f" On {h.tokens:,} tokens of {h.text} it was {h.kl:.4g} ({kl / h.kl:.2f} times)."
@@ -125,7 +129,7 @@ def _single_words(run: Run) -> list[str]:
     if m is None or run.certificate is None:
         return []
     text = f" on {m.tokens:,} tokens of {m.text}" if m.text else ""
-    lines = [_beside(run, run.certificate.distortion, text, m.kl)]
+    lines = [_beside(run, run.certificate, text, m.kl)]
     if len(layers) == len(run.layers):
         total = sum(row.measured_kl or 0.0 for row in layers)
         lines.append(

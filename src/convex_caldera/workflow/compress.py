@@ -38,6 +38,7 @@ from convex_caldera.workflow.embedding_curvatures import gradient_curvatures
 from convex_caldera.workflow.finishing import finish
 from convex_caldera.workflow.fitting import Fitter, Task, fit_missing
 from convex_caldera.workflow.gathering import curvatures_of, images_for
+from convex_caldera.workflow.held_out_kl import expected_kl
 from convex_caldera.workflow.job import Job
 from convex_caldera.workflow.menu_allocating import allocate_menu
 from convex_caldera.workflow.models import usable_device
@@ -81,6 +82,7 @@ class Summary:
     peak_memory_bytes: int
     input_curvature_only: tuple[str, ...] = ()
     lossless_saved_bytes: int = 0
+    expected_kl: float | None = None
     held_out_kl: float | None = None
     held_out_kl_stderr: float | None = None
 
@@ -108,6 +110,8 @@ class Summary:
                 f"plan: predicted {plan['distortion']:.5f} {plan['unit']}, at most {gap:.3f} % "
                 "above the best plan of the options measured"
             )
+        if self.expected_kl is not None:
+            lines.append(f"KL expected of all layers together: {self.expected_kl:.5f} nats")
         if self.held_out_kl is not None:
             error = "" if self.held_out_kl_stderr is None else f" ± {self.held_out_kl_stderr:.5f}"
             lines.append(
@@ -257,7 +261,15 @@ def fit_all(
         plan, certificate = allocate_convex(compression)
     else:
         plan = _fit_uniformly(compression)
-    return plan, certificate, {**curvatures.notes(), **_together(compression)}
+    notes = {**curvatures.notes(), **_expected(job, certificate), **_together(compression)}
+    return plan, certificate, notes
+
+
+def _expected(job: Job, certificate: dict[str, Any] | None) -> dict[str, float]:
+    """What the plan says of the whole, where it is in nats."""
+    if certificate is None or certificate["unit"] != "nats":
+        return {}
+    return {"expected_kl": expected_kl(certificate["plan"]["distortion"], job.targets)}
 
 
 def _together(compression: Compression) -> dict[str, Any]:
@@ -326,6 +338,7 @@ def _summary(
         seconds=seconds,
         peak_memory_bytes=peak_memory_bytes(),
         input_curvature_only=tuple(container.report().get("input_curvature_only", ())),
+        expected_kl=report.get("expected_kl"),
         held_out_kl=together.get("kl"),
         held_out_kl_stderr=together.get("kl_stderr"),
     )
