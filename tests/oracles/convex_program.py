@@ -86,38 +86,42 @@ def saturated(H: np.ndarray, most: float) -> np.ndarray:
 
 
 def solve_by_cone(
-    instance: Instance, solver: str = "CLARABEL", *, scaled: bool = True, **options: Any
+    instance: Instance, solver: str = "CLARABEL", *, scaled: bool = False, **options: Any
 ) -> dict[str, Any]:
     """Objective, price, bits, multipliers s and low-rank matrices by a general conic solver.
 
-    `scaled` states it with q in units of what the middle of the box costs, and the objective in
-    units of W's energy: cones of many orders of magnitude are where such solvers give up.
+    `scaled` states it with q in units of W's energy, and the objective in units of what W costs
+    under H: cones of many orders of magnitude are where such solvers give up.
 
     `stationarity` and `violation` are the solver's own relative errors: of
     (lam - kappa s) c k e^{-k b} = nu p over groups whose bits are inside their box, and of the
-    budget and q >= c e^{-k b}.
+    budget and q >= c e^{-k b}. `achieved` is what its bits, low rank and residual really cost once
+    they are moved into the constraints: of several answers the best is that of the least.
     """
     import cvxpy as cp
 
     groups = len(instance.W)
-    middle = 0.5 * (instance.b_min + instance.b_max) if scaled else np.zeros(groups)
-    unit = instance.c * np.exp(-instance.k * middle)
-    energy = (0.5 * ((W @ H) * W).sum() for W, H in zip(instance.W, instance.H, strict=True))
-    whole = float(sum(energy)) if scaled else 1.0
+    middle, unit, whole = np.zeros(groups), np.ones(groups), 1.0
+    if scaled:
+        middle = 0.5 * (instance.b_min + instance.b_max)
+        unit = np.array([np.sum(W * W) for W in instance.W]) / instance.kappa
+        whole = sum(_cost(W, H) for W, H in zip(instance.W, instance.H, strict=True))
     bits, u = cp.Variable(groups), cp.Variable(groups)
-    objective, rows, low_rank, energies = 0, [], [], []
+    objective, rows, low_rank, residuals, energies = 0, [], [], [], []
     for g, (W, H) in enumerate(zip(instance.W, instance.H, strict=True)):
         C = np.linalg.cholesky(H)
         Z, R = cp.Variable(W.shape), cp.Variable(W.shape)
         low_rank.append(Z)
+        residuals.append(R)
         objective += 0.5 / whole * cp.sum_squares((W - Z - R) @ C)
         objective += instance.lam[g] * unit[g] / whole * u[g]
         if instance.mu is not None:
             objective += instance.mu[g] / whole * cp.normNuc(Z)
         else:
             rows.append(cp.normNuc(Z) <= instance.tau[g])
-        decayed = (-instance.k[g] * (bits[g] - middle[g]), cp.Constant(1.0), u[g])
-        energies.append(cp.sum_squares(R) / (instance.kappa[g] * unit[g]) <= u[g])
+        least = instance.c[g] * np.exp(-instance.k[g] * middle[g])
+        decayed = (-instance.k[g] * (bits[g] - middle[g]), cp.Constant(1.0), unit[g] / least * u[g])
+        energies.append(cp.sum_squares(R) / unit[g] <= instance.kappa[g] * u[g])
         rows += [energies[g], cp.ExpCone(*decayed)]
     # Scaled so that the row is of order one.
     budget = instance.p @ bits / instance.p.sum() <= instance.budget / instance.p.sum()
@@ -128,7 +132,7 @@ def solve_by_cone(
     problem.solve(solver=solver, **options)
     price, b = whole * float(budget.dual_value) / instance.p.sum(), np.asarray(bits.value)
     s = np.array([np.ravel(row.dual_value)[0] for row in energies])
-    s = s * whole / (instance.kappa * unit)
+    s = s * whole / unit
     decay = instance.c * np.exp(-instance.k * b)
     pull, push = (instance.lam - instance.kappa * s) * instance.k * decay, price * instance.p
     inside = (b > instance.b_min + BOX_MARGIN) & (b < instance.b_max - BOX_MARGIN)
@@ -136,10 +140,41 @@ def solve_by_cone(
     return {
         "status": problem.status,
         "objective": whole * float(problem.value),
+        "achieved": achieved(
+            instance, b, [Z.value for Z in low_rank], [R.value for R in residuals]
+        ),
         "price": price,
         "bits": b,
         "multipliers": s,
-        "low_rank": [Z.value for Z in low_rank],
+        "low_rank": values(low_rank),
         "stationarity": float(np.abs(pull - push)[inside].max(initial=0.0) / max(push.max(), TINY)),
         "violation": max(over),
     }
+
+
+def values(variables: list[Any]) -> list[np.ndarray]:
+    return [variable.value for variable in variables]
+
+
+def achieved(
+    instance: Instance, bits: np.ndarray, low_rank: list[np.ndarray], residual: list[np.ndarray]
+) -> float:
+    """Objective of a point that is moved into the box, the budget and the ball of tau."""
+    b = np.clip(bits, instance.b_min, instance.b_max)
+    spent, free = instance.p @ b, instance.p @ (b - instance.b_min)
+    if spent > instance.budget:
+        b = instance.b_min + (b - instance.b_min) * (1 - (spent - instance.budget) / free)
+    total = 0.0
+    for g, (Z, R) in enumerate(zip(low_rank, residual, strict=True)):
+        nuclear = float(np.linalg.norm(Z, "nuc"))
+        inside = 1.0 if instance.tau is None else min(1.0, instance.tau[g] / max(nuclear, TINY))
+        decay = instance.c[g] * np.exp(-instance.k[g] * b[g])
+        q = max(decay, np.sum(R * R) / instance.kappa[g])
+        total += _cost(instance.W[g] - inside * Z - R, instance.H[g]) + instance.lam[g] * q
+        total += 0.0 if instance.mu is None else instance.mu[g] * nuclear
+    return float(total)
+
+
+def _cost(E: np.ndarray, H: np.ndarray) -> float:
+    """Half of tr(E H E^T)."""
+    return float(0.5 * np.sum((E @ H) * E))
