@@ -5,7 +5,7 @@ where u_r + k rho_r is least, which does not depend on the budget. The probe mea
 costs at that rank; how fast that falls with the rate is the quantizer's law more than the
 layer's, and is measured by a second probe of some layers only. The menu holds two rates around
 the proposed one, and other ranks that the spectrum finds almost as good, rank 0 among them, at
-the same total size.
+the same total size; of rates that the user gave also the cheapest, so that what they allow is found.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class Offers:
         for other in self._other_ranks(members, rank):
             centre = size - costs[other]
             choices.add(Choice(self._rate_at(centre), other))
+        if self.job.settings.bits_menu is not None:  # else the proposals alone fit the budget
+            choices.add(Choice(min(self._given_rates()), min(costs)))
         return sorted(choices)
 
     def is_pinned(self, name: str) -> bool:
@@ -217,8 +219,11 @@ class Offers:
         """Rates around a proposal; of a menu that the user gave, the nearest few."""
         if self.job.settings.bits_menu is None:
             return {on_grid(centre + step) for step in NEIGHBOURS}
-        menu = {on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu)}
+        menu = self._given_rates()
         return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[:NEAREST_OF_MENU])
+
+    def _given_rates(self) -> set[float]:
+        return {on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu or "")}
 
     def _rate_at(self, centre: float) -> float:
         """The rate on offer that is nearest."""
