@@ -5,7 +5,7 @@ where u_r + k rho_r is least, which does not depend on the budget. The probe mea
 costs at that rank; how fast that falls with the rate is the quantizer's law more than the
 layer's, and is measured by a second probe of some layers only. The menu holds two rates around
 the proposed one, and other ranks that the spectrum finds almost as good, rank 0 among them, at
-the same total size; of rates that the user gave also the cheapest, so that what they allow is found.
+the same total size; of rates that the user gave also the cheapest option.
 """
 
 from __future__ import annotations
