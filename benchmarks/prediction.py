@@ -2,6 +2,7 @@
 
     python benchmarks/prediction.py [--data DIR] [--models bundled ...] [--bits 2 2.2 2.5 3 4]
                                     [--work DIR] [--window 512] [--max-tokens 8192]
+                                    [--calibration FILE] [--text FILE]
                                     [--out benchmarks/results/prediction.json]
 
 Two predictions of the whole: the plan's, which is the sum of what its layers cost alone times the
@@ -47,7 +48,10 @@ LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 
 def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
     """Predictions of one output beside what is measured on held-out text."""
-    calibration, evaluation = (located(text, args.data) for text in CASES[name])
+    texts = [
+        own or usual for own, usual in zip((args.calibration, args.text), CASES[name], strict=True)
+    ]
+    calibration, evaluation = (located(text, args.data) for text in texts)
     out = output(folder, name, METHOD, bits)
     run_cell(located(name, args.data), METHOD, bits, calibration, out, args)
     container = open_container(out)
@@ -70,6 +74,7 @@ def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
     return {
         "model": Path(name).name,
         "bits": bits,
+        "texts": [Path(text).name for text in texts],
         "seqlen": args.seqlen,
         "window": args.window,
         "sum": certificate["plan"]["distortion"],
@@ -102,7 +107,7 @@ def table(rows: list[dict]) -> str:
         "no calibration has seen. Layers: share with a ratio from 0.7 to 1.4, median ratio, "
         "Spearman's rank correlation.",
         "",
-        "| model | budget | calibrated in windows of | window | measured KL | sum of layers "
+        "| model | budget | calibrated on, windows | read, windows | measured KL | sum of layers "
         "| predicted by the plan | ratio | held-out windows | ratio | layers in band "
         "| median layer | rank correlation |",
         "|---" * 13 + "|",
@@ -110,7 +115,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         s, held_out = summary(row), row["held_out_kl"]
         lines.append(
-            f"| {row['model']} | {row['bits']:g} | {row['seqlen']} | {row['window']} "
+            f"| {row['model']} | {row['bits']:g} | {row['texts'][0]}, {row['seqlen']} "
+            f"| {row['texts'][1]}, {row['window']} "
             f"| {row['measured_kl']:.5f} ± {row['measured_kl_stderr']:.5f} "
             f"| {row['sum']:.5f} | {row['expected_kl']:.5f} | {s['by_plan']:.2f} "
             f"| {held_out['kl']:.5f} ± {held_out['kl_stderr']:.5f} | {s['by_held_out']:.2f} "
@@ -120,18 +126,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def place(row: dict) -> tuple[str, int, float]:
+def place(row: dict) -> tuple[str, str, int, float]:
     """What a row is about; a later one takes the place of an earlier."""
-    return row["model"], row["window"], row["bits"]
+    return row["model"], row["texts"][1], row["window"], row["bits"]
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Left the whole, right every layer: measured over predicted against the budget."""
     fig, (whole, layers) = plt.subplots(1, 2, figsize=(9.6, 4.9))
-    models = list(dict.fromkeys((row["model"], row["window"]) for row in rows))
-    for (color, marker), (i, (name, window)) in zip(LOOKS, enumerate(models), strict=False):
-        own = [row for row in rows if (row["model"], row["window"]) == (name, window)]
-        model = f"{name}, windows of {window}"
+    models = list(dict.fromkeys(place(row)[:3] for row in rows))
+    for (color, marker), (i, (name, text, window)) in zip(LOOKS, enumerate(models), strict=False):
+        own = [row for row in rows if place(row)[:3] == (name, text, window)]
+        model = f"{name}, {text}, windows of {window}"
         bits = [row["bits"] for row in own]
         found = [summary(row) for row in own]
         style = {"color": color, "marker": marker}
@@ -172,6 +178,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--calibration", default=None, help="text below --data in place of CASES'")
+    parser.add_argument("--text", default=None, help="text to measure on, below --data, likewise")
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--work", type=Path, required=True, help="that of benchmarks/quality.py")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction.json"))
