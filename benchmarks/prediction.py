@@ -43,7 +43,8 @@ from convex_caldera.workflow.single_layers import kl_of_single_layers
 
 METHOD = "convex-caldera"
 # Okabe-Ito colours and markers, legible without colour.
-LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
+         ("#56B4E9", "P"))  # fmt: skip
 
 
 def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
@@ -126,32 +127,34 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def place(row: dict) -> tuple[str, str, int, float]:
+def place(row: dict) -> tuple[str, str, str, int, int, float]:
     """What a row is about; a later one takes the place of an earlier."""
-    return row["model"], row["texts"][1], row["window"], row["bits"]
+    return row["model"], *row["texts"], row["seqlen"], row["window"], row["bits"]
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Left the whole, right every layer: measured over predicted against the budget."""
     fig, (whole, layers) = plt.subplots(1, 2, figsize=(9.6, 4.9))
-    models = list(dict.fromkeys(place(row)[:3] for row in rows))
-    for (color, marker), (i, (name, text, window)) in zip(LOOKS, enumerate(models), strict=False):
-        own = [row for row in rows if place(row)[:3] == (name, text, window)]
-        model = f"{name}, {text}, windows of {window}"
+    models = list(dict.fromkeys(place(row)[:-1] for row in rows))
+    for i, key in enumerate(models):
+        color, marker = LOOKS[i % len(LOOKS)]
+        own = [row for row in rows if place(row)[:-1] == key]
+        name, learned, read, seqlen, window = key
+        model = f"{name}: {learned}, {seqlen} -> {read}, {window}"
         bits = [row["bits"] for row in own]
         found = [summary(row) for row in own]
         style = {"color": color, "marker": marker}
-        whole.plot(bits, [s["by_plan"] for s in found], **style, label=f"{model}, plan")
+        whole.plot(bits, [s["by_plan"] for s in found], **style, label=model)
         whole.plot(
             bits, [s["by_held_out"] for s in found], **style,
-            linestyle="--", markerfacecolor="white", label=f"{model}, held-out windows",
+            linestyle="--", markerfacecolor="white",
         )  # fmt: skip
         for row in own:
             ratios = [v["measured"] / v["predicted"] for v in row["layers"].values()]
             at = np.full(len(ratios), row["bits"] + 0.05 * (i - 1))
             layers.plot(at, ratios, **style, linestyle="none", markersize=3, alpha=0.6)
     for axis, band, title in (
-        (whole, (0.85, 1.15), "whole model (band: ±15 %)"),
+        (whole, (0.85, 1.15), "whole: plan (full), held-out windows (open); band ±15 %"),
         (layers, GOOD_RATIO, "every layer alone (band: 0.7 to 1.4)"),
     ):
         axis.axhspan(*band, color="#EBEBEB")
@@ -163,8 +166,16 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_title(title, fontsize=10)
     whole.set_ylabel("measured KL / predicted KL")
     handles, labels = whole.get_legend_handles_labels()
-    fig.legend(handles, labels, fontsize=8, loc="lower center", ncols=2, frameon=False)
-    fig.tight_layout(rect=(0, 0.05 + 0.045 * len(models), 1, 1))
+    fig.legend(
+        handles,
+        labels,
+        fontsize=8,
+        loc="lower center",
+        frameon=False,
+        title="calibrated on, in windows of -> read, in windows of",
+        title_fontsize=8,
+    )
+    fig.tight_layout(rect=(0, 0.07 + 0.035 * len(models), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
 
