@@ -213,7 +213,8 @@ def table(rows: list[dict]) -> str:
 
 
 def _cell(row: dict) -> tuple:
-    return row["model"], row["method"], row["budget_bits"], row.get("train")
+    windows = tuple(row.get("windows", ()))
+    return row["model"], row["method"], row["budget_bits"], row.get("train"), windows
 
 
 def save(new: list[dict], skipped: list[str], args) -> None:
