@@ -337,10 +337,11 @@ def _random_words(s: dict[str, Any]) -> list[str]:
         f"CVXPY + Clarabel gave up on {len(s['oracle_gave_up'])}, called {s['oracle_not_optimal']} "
         f"inaccurate, and agrees with us on {s['agree']}: objective within "
         f"{most['objective_error']:.1e}, price within {most['price_error']:.1e}, bits within "
-        f"{most['bits_error']:.1e}. Those on which it does not, beside the residual of either "
-        "solver in (lam - kappa s) c k e^{-k b} = nu p, relative:",
-        "",
+        f"{most['bits_error']:.1e}.",
     ]
+    if s["others"]:
+        lines += ["", "Those on which it does not, beside the relative residual of either solver "
+                  "in (lam - kappa s) c k e^{-k b} = nu p:", ""]  # fmt: skip
     return lines + _table(s["others"])
 
 
