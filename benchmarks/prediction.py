@@ -13,6 +13,9 @@ original model with this one layer exchanged. Windows longer than those of the c
 positions that no prediction has seen; rows of several --window stand side by side. Outputs are
 those of benchmarks/quality.py under --work, made there if they are missing. Writes JSON, a table,
 and docs/images/prediction.png.
+
+c4_sample_a_first.txt and c4_sample_a_rest.txt of the table are c4_sample_a.txt cut at the first end
+of a line after three fifths of its characters, so that no calibration has seen the rest.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from convex_caldera.workflow.single_layers import kl_of_single_layers
 METHOD = "convex-caldera"
 # Okabe-Ito colours and markers, legible without colour.
 LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
-         ("#56B4E9", "P"))  # fmt: skip
+         ("#56B4E9", "P"), ("#000000", "X"))  # fmt: skip
 
 
 def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
