@@ -26,7 +26,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import cvxpy as cp
 import numpy as np
 import torch
 
@@ -36,6 +35,7 @@ from convex_caldera.fit.nuclear_norm import mu_for_rank
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.oracles.convex_program import (
     BOX_MARGIN,
+    TIGHT,
     TINY,
     Instance,
     random_instance,
@@ -50,7 +50,6 @@ SECTIONS = {
     "search": "The mu of a rank",
 }
 RANDOM_TOL = 1e-10  # relative gap; prices converge as its root
-TIGHT = {"tol_gap_rel": 1e-10, "tol_gap_abs": 1e-10, "tol_feas": 1e-10}
 FINE = {"iterative_refinement_reltol": 1e-15, "iterative_refinement_abstol": 1e-15}
 # Shorter steps, finer refinement and other units save what Clarabel gives up on at first.
 CONE_ATTEMPTS: tuple[dict[str, Any], ...] = (
@@ -96,6 +95,8 @@ def cone_solution(instance: Instance) -> dict[str, Any] | None:
     """Clarabel's first answer if its own multipliers fit it, else that of all attempts which
     really costs least; None if it gives up on all.
     """
+    import cvxpy as cp  # an extra, which `scale` and `search` do without
+
     answers: list[dict[str, Any]] = []
     for options in CONE_ATTEMPTS:
         with contextlib.suppress(cp.SolverError):
@@ -247,7 +248,8 @@ def run_peers(sizes: list[int], limit: float) -> dict[str, Any]:
             gap = abs(answer.pop("value") / found.primal - 1.0)
             rows.append(row | answer | {"gap": gap if math.isfinite(gap) else None})
             print(rows[-1], flush=True)
-    return {"limit_seconds": limit, "rows": rows}
+    memory = resource.getrlimit(resource.RLIMIT_AS)[0]  # of `ulimit -v`; -1 is none
+    return {"limit_seconds": limit, "limit_bytes": memory, "rows": rows}
 
 
 def peer_answer(instance: Instance, solver: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def summary(row: dict) -> dict[str, float]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "`python benchmarks/prediction.py --data DATA`: measured over predicted KL, on text that "
+        "`python benchmarks/prediction.py --data DATA --work DIR`, --seqlen, --calibration, --text "
+        "and --window as in the rows: measured over predicted KL, on text that "
         "no calibration has seen. Layers: share with a ratio from 0.7 to 1.4, median ratio, "
         "Spearman's rank correlation.",
         "",

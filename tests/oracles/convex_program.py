@@ -12,6 +12,7 @@ import numpy as np
 
 BOX_MARGIN = 1e-3  # bits from an end of the box within which they count as at it
 TINY = 1e-300
+TIGHT = {"tol_gap_rel": 1e-10, "tol_gap_abs": 1e-10, "tol_feas": 1e-10}  # of Clarabel
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ def solve_by_cone(
     rows += [bits >= instance.b_min, bits <= instance.b_max, budget]
     problem = cp.Problem(cp.Minimize(objective), rows)
     if solver == "CLARABEL" and not options:
-        options = {"tol_gap_rel": 1e-10, "tol_gap_abs": 1e-10, "tol_feas": 1e-10}
+        options = TIGHT
     problem.solve(solver=solver, **options)
     price, b = whole * float(budget.dual_value) / instance.p.sum(), np.asarray(bits.value)
     s = np.array([np.ravel(row.dual_value)[0] for row in energies])
@@ -140,9 +141,7 @@ def solve_by_cone(
     return {
         "status": problem.status,
         "objective": whole * float(problem.value),
-        "achieved": achieved(
-            instance, b, [Z.value for Z in low_rank], [R.value for R in residuals]
-        ),
+        "achieved": achieved(instance, b, values(low_rank), values(residuals)),
         "price": price,
         "bits": b,
         "multipliers": s,

@@ -78,8 +78,8 @@ class ECVQ:
         object.__setattr__(self, "bits", float(self.bits))
         if not 1 <= self.dim <= 8 or not LEAST_RATE <= self.bits * self.dim <= MOST_RATE:
             raise RecipeError(
-                f"ECVQ has blocks of 1 to 8 columns and 0.5 to {MOST_RATE:g} bits for each, got "
-                f"{self.bits} bits per weight in blocks of {self.dim}"
+                f"ECVQ has blocks of 1 to 8 columns and {LEAST_RATE:g} to {MOST_RATE:g} bits "
+                f"for each, got {self.bits} bits per weight in blocks of {self.dim}"
             )
         if self.iterations < 1 or self.sample_size < 1:
             raise RecipeError(

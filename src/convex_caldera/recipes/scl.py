@@ -154,10 +154,7 @@ def ecvq_ladder(shape: Shape, wishes: Wishes) -> tuple[Recipe, ...]:
     """Every rate, in blocks of two as far as their codes go and weight by weight beyond."""
     del shape
     sizes = (wishes.block_size,) if wishes.block_size else (ECVQ_BLOCK_SIZE, 1)
-    fitting = {
-        rate: size for size in reversed(sizes) for rate in _rates(wishes)
-        if LEAST_RATE <= rate * size <= MOST_RATE
-    }  # fmt: skip
+    fitting = [(rate, size) for rate in _rates(wishes) if (size := _first_block(rate, sizes))]
     if not fitting:
         raise RecipeError(
             f"blocks of {' or '.join(map(str, sizes))} have {LEAST_RATE:g} to {MOST_RATE:g} bits; "
@@ -165,7 +162,12 @@ def ecvq_ladder(shape: Shape, wishes: Wishes) -> tuple[Recipe, ...]:
         )
     options = {"iterations": wishes.num_iters, "sample_size": wishes.sample_size}
     given = {name: value for name, value in options.items() if value is not None}
-    return tuple(with_coder(ECVQ(rate, fitting[rate], **given), "rans") for rate in sorted(fitting))
+    return tuple(with_coder(ECVQ(rate, size, **given), "rans") for rate, size in fitting)
+
+
+def _first_block(rate: float, sizes: tuple[int, ...]) -> int | None:
+    """The first block size whose codes have so many bits a weight."""
+    return next((size for size in sizes if LEAST_RATE <= rate * size <= MOST_RATE), None)
 
 
 def _recipe(quantizer: Quantizer) -> Recipe:

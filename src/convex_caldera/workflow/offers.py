@@ -71,6 +71,9 @@ class Offers:
         self.sites = {site.name: site for site in job.sites}
         self.weights = {name: s.shape[0] * s.shape[1] for name, s in self.sites.items()}
         self.ties = ties_of(job.settings.tie, job.sites)
+        menu = job.settings.bits_menu
+        given = () if menu is None else parse_menu(menu)
+        self.given_rates = {on_grid(bits) for bits in given}
         self.target = 8 * job.budget.compressed_bytes / sum(self.weights.values())
 
     def candidate(self, name: str, choice: Choice) -> Candidate:
@@ -120,8 +123,8 @@ class Offers:
         for other in self._other_ranks(members, rank):
             centre = size - costs[other]
             choices.add(Choice(self._rate_at(centre), other))
-        if self.job.settings.bits_menu is not None:  # else the proposals alone fit the budget
-            choices.add(Choice(min(self._given_rates()), min(costs)))
+        if self.given_rates:  # else the proposals alone fit the budget
+            choices.add(Choice(min(self.given_rates), min(costs)))
         return sorted(choices)
 
     def is_pinned(self, name: str) -> bool:
@@ -217,17 +220,14 @@ class Offers:
 
     def _rates_near(self, centre: float) -> set[float]:
         """Rates around a proposal; of a menu that the user gave, the nearest few."""
-        if self.job.settings.bits_menu is None:
+        if not self.given_rates:
             return {on_grid(centre + step) for step in NEIGHBOURS}
-        menu = self._given_rates()
-        return set(sorted(menu, key=lambda bits: (abs(bits - centre), bits))[:NEAREST_OF_MENU])
-
-    def _given_rates(self) -> set[float]:
-        return {on_grid(bits) for bits in parse_menu(self.job.settings.bits_menu or "")}
+        nearest = sorted(self.given_rates, key=lambda bits: (abs(bits - centre), bits))
+        return set(nearest[:NEAREST_OF_MENU])
 
     def _rate_at(self, centre: float) -> float:
         """The rate on offer that is nearest."""
-        if self.job.settings.bits_menu is None:
+        if not self.given_rates:
             return on_grid(centre)
         return min(self._rates_near(centre), key=lambda bits: (abs(bits - centre), bits))
 
