@@ -8,8 +8,9 @@ Each cell is one `convex-caldera compress` within the same budget, reloaded from
 cells of a model and budget are evaluated on the same tokens in one run, the original first.
 Calibration and evaluation texts are different: see CASES. Models under --data are skipped, and
 the table says so, where the folder is absent. Methods share the statistics of a model, which the
-first that needs them collects. Seconds are those of this machine under whatever load it had, the
-statistics included where the cell collected them; compare them within one run only.
+first that needs them collects, and the budgets of reallm its measured options. Seconds are those of
+this machine under whatever load it had, what the cell collected for others included; compare them
+within one run only.
 
 With --work, outputs stay there and a run that was cut short goes on where it was. Models, budgets
 and methods that are not asked for keep their rows in the table.
@@ -63,9 +64,15 @@ def run_cell(model: str, method: str, bits: float, text: str, out: Path, args) -
         seqlen=args.seqlen,
         allow_short=True,
     )
-    kind = method_named(name).curvature
-    statistics = None if kind == "none" else out.parent / f"{Path(model).name}-{kind}"
-    summary = compress_to(settings, out, hessians=statistics, workers=args.workers).to_dict()
+    kind, menu = method_named(name).curvature, method_named(name).menu
+    stem = out.parent / Path(model).name
+    summary = compress_to(
+        settings,
+        out,
+        hessians=None if kind == "none" else Path(f"{stem}-{kind}"),
+        measured=None if menu is None else Path(f"{stem}-{name}-measured"),
+        workers=args.workers,
+    ).to_dict()
     kept = ("file_bytes", "bits_per_compressed_weight", "bits_per_weight", "seconds",
             "peak_memory_bytes", "plan_gap", "surrogate_gap", "distortion")  # fmt: skip
     figures = {key: summary[key] for key in kept if key in summary}

@@ -50,6 +50,10 @@ def compress(
         Path | None,
         typer.Option(help="Statistics of `calibrate` to use; collected into it where missing."),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="Options measured for other budgets to use; new ones stay there."),
+    ] = None,
     json: opt.Json = None,
 ) -> None:
     """Compress a model within a budget of bits per weight or bytes; resumes what was cut short."""
@@ -65,8 +69,9 @@ def compress(
     )  # fmt: skip
     with shown() as progress:
         summary = compress_to(
-            settings, output_dir, progress=progress, workers=workers, hessians=hessians
-        )
+            settings, output_dir, progress=progress, workers=workers, hessians=hessians,
+            measured=measured,
+        )  # fmt: skip
     print(summary.text())
     opt.write_json(json, summary.to_dict())
 

@@ -91,6 +91,6 @@ def _norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """Layer norm over channels."""
     if x.shape[1] == 1:  # over one channel it would leave nothing
         return x * gain.view(-1, 1, 1) + shift.view(-1, 1, 1)
-    variance, mean = torch.var_mean(x, dim=1, keepdim=True, unbiased=False)
-    unit = (x - mean) * torch.rsqrt(variance + 1e-6)
+    centred = x - x.mean(1, keepdim=True)  # torch.var_mean takes twice the time over channels
+    unit = centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-6)
     return unit * gain.view(-1, 1, 1) + shift.view(-1, 1, 1)

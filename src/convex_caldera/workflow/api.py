@@ -54,6 +54,7 @@ def compress(
     progress: Progress | None = None,
     workers: int | None = None,
     hessians: str | Path | None = None,
+    measured: str | Path | None = None,
     **settings: Any,
 ) -> Compressed:
     """Compress a model; every option of `convex-caldera compress` is a keyword.
@@ -65,6 +66,7 @@ def compress(
         progress: told of finished steps; silent by default.
         workers: layers at a time; does not change the result.
         hessians: folder of `convex-caldera calibrate`, reused; collected into it where missing.
+        measured: folder of options measured for other budgets, reused; new ones stay there.
         **settings: bits=2.2 | size="1.5GB" | ratio="6x", method, rank, factor_bits, dataset,
             nsamples, seqlen, seed, device, dtype, ignore, pin: see `workflow.settings`.
 
@@ -76,8 +78,14 @@ def compress(
         name = model if isinstance(model, (str, Path)) else _saved(model, tokenizer, folder)
         made = make_settings(model=str(name), **settings)
         out = folder / "out"
-        kept = None if hessians is None else Path(hessians)
-        summary = compress_to(made, out, progress=progress, workers=workers, hessians=kept)
+        summary = compress_to(
+            made,
+            out,
+            progress=progress,
+            workers=workers,
+            hessians=None if hessians is None else Path(hessians),
+            measured=None if measured is None else Path(measured),
+        )
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -136,6 +136,7 @@ def compress_to(
     progress: Progress | None = None,
     workers: int | None = None,
     hessians: Path | None = None,
+    measured: Path | None = None,
 ) -> Summary:
     """Compress a model into the directory `out`; resumes a run that was cut short there.
 
@@ -146,6 +147,8 @@ def compress_to(
         workers: layers fitted at a time; default the number of cores.
         hessians: statistics or curvature of `calibrate`, to be used instead of collecting them
             again; what is not there yet is written there and stays.
+        measured: options measured for other budgets, to be used instead of fitting them again;
+            new ones are written there and stay.
 
     Raises:
         InfeasibleBudgetError, ModelError, DataError, NumericalError, ResumeError,
@@ -156,12 +159,14 @@ def compress_to(
     job = prepare(settings)
     if hessians is not None and job.curvature == "none":
         raise RecipeError(f"{settings.method} sees no data; leave out --hessians")
+    if measured is not None and not job.measures_options:
+        raise RecipeError(f"{settings.method} measures no options; leave out --measured")
     with PartialRun(out, job.fingerprint()) as run:
         resumed = len(run.done())
         try:
             folder = hessians or run.folder / "statistics"
             plan, certificate, notes = fit_all(
-                job, run, progress, workers or os.cpu_count() or 1, folder
+                job, run, progress, workers or os.cpu_count() or 1, folder, measured
             )
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
@@ -245,15 +250,21 @@ def budget_of(settings: Settings, source: SourceModel, sites: tuple[Site, ...]) 
 
 
 def fit_all(
-    job: Job, run: PartialRun, progress: Progress, workers: int, statistics: Path
+    job: Job,
+    run: PartialRun,
+    progress: Progress,
+    workers: int,
+    statistics: Path,
+    measured: Path | None = None,
 ) -> tuple[Plan, dict[str, Any] | None, dict[str, Any]]:
     """Fit and store every layer that is not yet in the run: plan, certificate, and notes on
 
-    the curvature for the report. `statistics` is where the calibration is kept.
+    the curvature for the report. `statistics` is where the calibration is kept, `measured` where
+    options are that other budgets may use.
     """
     curvatures = curvatures_of(job, statistics, progress)
     fitter = Fitter(job.skeleton, curvatures, job.settings.seed)
-    compression = Compression(job, fitter, run, progress, workers)
+    compression = Compression(job, fitter, run, progress, workers, measured)
     certificate = None
     if job.method.menu is not None:
         plan, certificate = allocate_menu(compression)
@@ -286,7 +297,7 @@ def _fit_uniformly(compression: Compression) -> Plan:
     """The method's uniform plan, every layer fitted and stored."""
     job = compression.job
     drifts = job.targets == "drift-corrected"
-    if job.settings.coder is not None and not drifts and job.method.share is None:
+    if job.spends:
         return fit_spending(compression)
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
     if drifts and job.method.share is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from convex_caldera.storage.partial import PartialRun
 from convex_caldera.workflow.fitting import Fitter
@@ -20,6 +21,7 @@ class Compression:
         run: where finished layers are kept.
         progress: told of every finished step.
         workers: layers fitted at a time; does not change the result.
+        measured: where options are kept for other budgets too, if anywhere.
     """
 
     job: Job
@@ -27,3 +29,4 @@ class Compression:
     run: PartialRun
     progress: Progress
     workers: int
+    measured: Path | None = None

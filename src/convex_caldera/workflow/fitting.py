@@ -112,9 +112,11 @@ def fit_missing(
     progress: Progress,
     workers: int,
 ) -> None:
-    """Fit and keep every task whose name is not in the run yet, `workers` at a time."""
-    done = run.done()
-    missing = [task for task in tasks if task.name not in done]
+    """Fit and keep every task that the run does not hold yet, `workers` at a time.
+
+    What it holds under a task's name by another recipe is fitted again.
+    """
+    missing = [task for task in tasks if not _holds(run, task)]
     progress.start(stage, len(missing))
 
     def work(task: Task) -> Fit:
@@ -124,6 +126,11 @@ def fit_missing(
         record = fitter.record(task.site, task.recipe, fit)
         run.put(task.name, fit.layer, _as_expected(record, task.expected))
         progress.advance(task.name)
+
+
+def _holds(run: PartialRun, task: Task) -> bool:
+    """Whether a task's fit is in the run already."""
+    return task.name in run.done() and run.record(task.name)["recipe"] == to_record(task.recipe)
 
 
 def _as_expected(record: dict[str, Any], expected: float) -> dict[str, Any]:

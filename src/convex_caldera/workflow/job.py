@@ -20,7 +20,7 @@ from convex_caldera.storage.source import SourceModel
 from convex_caldera.workflow.curvatures import GRADIENT_KINDS, CurvatureKind, GradientOptions
 from convex_caldera.workflow.images import ImageSet
 from convex_caldera.workflow.planning import Budget
-from convex_caldera.workflow.settings import PATHS, Settings, parse_shrinkage
+from convex_caldera.workflow.settings import BUDGETS, PATHS, Settings, parse_shrinkage
 
 # Below so many windows the third that is held out is too small to search a shrinkage on.
 WINDOWS_TO_SEARCH = 12
@@ -72,6 +72,17 @@ class Job:
         return self.method.shrinkage if searchable else "none"
 
     @property
+    def measures_options(self) -> bool:
+        """Whether layers are fitted in several ways before one of them is chosen."""
+        return self.method.allocates or self.method.menu is not None or self.spends
+
+    @property
+    def spends(self) -> bool:
+        """Whether a uniform plan is filled up by sizes of coded codes, known once they are made."""
+        settings, method = self.settings, self.method
+        return settings.coder is not None and self.targets == "original" and method.share is None
+
+    @property
     def _sees_drift(self) -> bool:
         """Whether both models can be run side by side: on text alone, and without experts, which
 
@@ -92,7 +103,14 @@ class Job:
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on; a partial run with another one is refused."""
-        settings = self.settings.model_dump(exclude=set(PATHS))
+        return self._fingerprint_without(PATHS)
+
+    def options_fingerprint(self) -> dict[str, str]:
+        """What the fit of an option depends on: all but the budget that it is offered under."""
+        return self._fingerprint_without(PATHS | BUDGETS)
+
+    def _fingerprint_without(self, left_out: frozenset[str]) -> dict[str, str]:
+        settings = self.settings.model_dump(exclude=set(left_out))
         return {
             "model": self.skeleton.checkpoint.fingerprint,
             "text": self._data_fingerprint(),

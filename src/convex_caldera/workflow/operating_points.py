@@ -53,9 +53,14 @@ Menus = Mapping[str, Sequence[Candidate]]
 
 
 def measured_on_disk(compression: Compression) -> PartialRun:
-    """Where the fits of candidates are kept while a compression is under way."""
-    fingerprint = {"options": canonical_json(compression.job.fingerprint())}
-    return PartialRun(compression.run.folder / FOLDER, fingerprint)
+    """Where the fits of candidates are kept while a compression is under way, or beyond it.
+
+    Raises:
+        ResumeError: the folder holds options of another model, text or setting, or another
+            process is at work in it.
+    """
+    fingerprint = {"options": canonical_json(compression.job.options_fingerprint())}
+    return PartialRun(compression.measured or compression.run.folder / FOLDER, fingerprint)
 
 
 @dataclass(frozen=True)
