@@ -108,6 +108,7 @@ class CurvatureOptions:
     curvature_fallback: opt.CurvatureFallback = None
     shrinkage: opt.Shrinkage = None
     targets: opt.Targets = None
+    remeasure: opt.Remeasure = None
     modules: opt.Modules = None
     images: opt.Images = None
     diag_hessians: opt.DiagHessians = None

@@ -161,6 +161,14 @@ Targets = Annotated[
         "block after block.",
     ),
 ]
+Remeasure = Annotated[
+    bool | None,
+    typer.Option(
+        "--remeasure",
+        help="Measure curvature once more on the compressed model, fit again, and keep what costs "
+        "less on calibration windows held out.",
+    ),
+]
 Modules = Annotated[
     str | None,
     typer.Option(

@@ -21,7 +21,7 @@ from convex_caldera.allocate.rank_energy import spectrum
 from convex_caldera.models.embeddings import EmbeddingSite
 from convex_caldera.models.sites import Site
 from convex_caldera.workflow.certifying import certificate_of
-from convex_caldera.workflow.compression import Compression
+from convex_caldera.workflow.compression import Compression, Outcome
 from convex_caldera.workflow.deciding import Decision, decide
 from convex_caldera.workflow.distortion_unit import unit_of
 from convex_caldera.workflow.fitting import side_by_side
@@ -32,15 +32,14 @@ from convex_caldera.workflow.operating_points import (
     OperatingPoints,
     measured_on_disk,
 )
-from convex_caldera.workflow.planning import Plan
 from convex_caldera.workflow.proposing import propose
 from convex_caldera.workflow.rate_models import Probe
-from convex_caldera.workflow.sequential import fit_in_order
+from convex_caldera.workflow.remeasuring import fit_rounds
 
 Choices = Mapping[str, Sequence[Choice]]
 
 
-def allocate_convex(compression: Compression) -> tuple[Plan, dict[str, Any]]:
+def allocate_convex(compression: Compression) -> Outcome:
     """The plan, stored layer by layer, and its certificate.
 
     Raises:
@@ -57,8 +56,8 @@ def allocate_convex(compression: Compression) -> tuple[Plan, dict[str, Any]]:
         offered = {name: offers.offered(menus[name], probes[name]) for name in offers.sites}
         candidates = _candidates(offers, offered)
         decision = decide(compression.job, candidates, points.curves(candidates, offers.ties))
-        _store(points, decision)
-        return decision.plan, certificate_of(points, decision, proposal)
+        notes = _store(points, decision)
+        return Outcome(decision.plan, certificate_of(points, decision, proposal), notes)
 
 
 def _spectra(compression: Compression) -> dict[str, Floats]:
@@ -97,7 +96,7 @@ def _probed(points: OperatingPoints, probes: Choices) -> dict[str, list[Probe]]:
     }
 
 
-def _store(points: OperatingPoints, decision: Decision) -> None:
+def _store(points: OperatingPoints, decision: Decision) -> dict[str, Any]:
     """Store what was chosen: as it was measured, or fitted again in order under drift.
 
     Embeddings are not in any block, and stay as they were measured.
@@ -105,7 +104,7 @@ def _store(points: OperatingPoints, decision: Decision) -> None:
     compression, choice = points.compression, decision.integer.choice
     if compression.job.targets == "original":
         points.store(choice)
-        return
+        return {}
     sites = compression.job.sites
     points.store({s.name: choice[s.name] for s in sites if isinstance(s, EmbeddingSite)})
-    fit_in_order(compression, decision.plan.recipes)
+    return fit_rounds(compression, decision.plan.recipes)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from convex_caldera.errors import ModelError, ResumeError
-from convex_caldera.workflow.compress import Summary, compress_to
+from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.progress import Progress
 from convex_caldera.workflow.settings import make_settings
+from convex_caldera.workflow.summary import Summary
 
 
 class Compressed:

@@ -20,9 +20,9 @@ import torch
 from convex_caldera.errors import CheckError, RecipeError
 from convex_caldera.evaluate.table import plain_table
 from convex_caldera.evaluate.throughput import measure_throughput, memory_bandwidth, weight_bytes
-from convex_caldera.workflow.compress import peak_memory_bytes
 from convex_caldera.workflow.models import open_model, usable_device
 from convex_caldera.workflow.progress import Progress, Silent
+from convex_caldera.workflow.summary import peak_memory_bytes
 
 _HEADINGS = (
     "model", "batch", "prefill tokens/s", "decode tokens/s", "ms per step", "of roofline",

@@ -48,6 +48,7 @@ from convex_caldera.workflow.curvatures import (
 )
 from convex_caldera.workflow.images import ImageSet
 from convex_caldera.workflow.progress import Progress
+from convex_caldera.workflow.substituted import exchanged
 
 # Share of the sequences that no curvature sees; predictions are scaled to what they say.
 HELD_OUT = 1 / 3
@@ -135,6 +136,39 @@ def _from_gradients(
         unseen = {n: _from_parts(p, rows[n], len(unseen_tokens)) for n, p in found.items()}
         shrinkage = choose_shrinkage(searched, unseen, inputs)
     return GradientCurvatures(curvatures, model, used, held_out, shrinkage, inputs, fallbacks)
+
+
+def curvature_in_context(
+    kind: CurvatureKind,
+    curvatures: GradientCurvatures,
+    layers: Mapping[str, Tensor],
+    sites: Sequence[Site],
+    folder: Path,
+    provenance: CurvatureProvenance,
+    progress: Progress,
+) -> dict[str, LayerCurvature]:
+    """Curvature of the model with other weights, on the text that the original's was measured on.
+
+    Args:
+        layers: name -> W^ (m, n), embeddings included; the model has its own again afterwards.
+        sites: linear layers that curvature is wanted of.
+        folder, provenance: where it is kept for a resumed run, and what it is of; its seed is that
+            of the labels.
+
+    Raises:
+        NumericalError: as `calibrate`.
+    """
+    used, model = curvatures.used, curvatures.model
+    names, seed = [site.name for site in sites], provenance.seed
+
+    def make() -> dict[str, dict[str, Tensor]]:
+        progress.start("curvature again", len(used))
+        with exchanged(model, layers):
+            return _parts_by_layer(kind, model, used, names, seed, progress)
+
+    parts = kept_curvature(folder, provenance, sites, make)
+    rows = {site.name: site.shape[0] for site in sites}
+    return {name: _from_parts(p, rows[name], len(used)) for name, p in parts.items()}
 
 
 def _parts_by_layer(

@@ -8,10 +8,8 @@ the next begins: a run that is cut short goes on where it stopped and ends with 
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +24,11 @@ from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.models.tokenizer import load_tokenizer
 from convex_caldera.recipes.table import method as method_named
 from convex_caldera.storage.partial import PartialRun
-from convex_caldera.storage.read import Container
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.write import rest_file_bytes
 from convex_caldera.workflow.allocating import allocate_convex
 from convex_caldera.workflow.choosing import sites_for
-from convex_caldera.workflow.compression import Compression
-from convex_caldera.workflow.curvatures import GRADIENT_KINDS
+from convex_caldera.workflow.compression import Compression, Outcome
 from convex_caldera.workflow.decoders import with_decoders
 from convex_caldera.workflow.embedding_curvatures import gradient_curvatures
 from convex_caldera.workflow.finishing import finish
@@ -44,89 +40,17 @@ from convex_caldera.workflow.menu_allocating import allocate_menu
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.planning import (
     Budget,
-    Plan,
     check_ties,
     chosen_sites,
     fixed_budget,
     make_budget,
     uniform_plan,
 )
-from convex_caldera.workflow.precision import code_bits, precision_label
 from convex_caldera.workflow.progress import Progress, Silent
-from convex_caldera.workflow.sequential import fit_in_order
+from convex_caldera.workflow.remeasuring import fit_rounds
 from convex_caldera.workflow.settings import Settings
 from convex_caldera.workflow.spending import fit_spending
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a compression made, measured from the files written."""
-
-    output: str
-    method: str
-    file_bytes: int
-    original_bytes: int
-    bits_per_compressed_weight: float
-    bits_per_weight: float
-    compressed_weights: int
-    budget_bytes: int
-    layers: int
-    resumed_layers: int
-    whole_model_in_memory: bool
-    calibration_tokens: int
-    mean_relative_loss: float
-    allocation: dict[str, Any] | None
-    precision: str
-    activations: str | None
-    seconds: float
-    peak_memory_bytes: int
-    input_curvature_only: tuple[str, ...] = ()
-    lossless_saved_bytes: int = 0
-    expected_kl: float | None = None
-    held_out_kl: float | None = None
-    held_out_kl_stderr: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        record = asdict(self)
-        record["num_layers"] = record.pop("layers")
-        allocation = record.pop("allocation") or {}
-        return {**record, **allocation}
-
-    def text(self) -> str:
-        ratio = self.original_bytes / self.file_bytes
-        lines = [
-            f"{self.method}: {self.layers} layers, {self.compressed_weights:,} weights"
-            + (f" ({self.resumed_layers} resumed)" if self.resumed_layers else ""),
-            f"{self.file_bytes:,} bytes of weight files ({ratio:.2f}x smaller), "
-            f"{self.bits_per_compressed_weight:.4f} bits per compressed weight, "
-            f"{self.bits_per_weight:.4f} per all weights",
-            f"{self.precision}, mean relative loss {self.mean_relative_loss:.5f}, "
-            f"{self.seconds:.1f} s, "
-            f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
-        ]
-        if self.allocation is not None:
-            plan, gap = self.allocation, 100 * (self.allocation["plan_gap"] or 0.0)
-            lines.append(
-                f"plan: predicted {plan['distortion']:.5f} {plan['unit']}, at most {gap:.3f} % "
-                "above the best plan of the options measured"
-            )
-        if self.expected_kl is not None:
-            lines.append(f"KL expected of all layers together: {self.expected_kl:.5f} nats")
-        if self.held_out_kl is not None:
-            error = "" if self.held_out_kl_stderr is None else f" ± {self.held_out_kl_stderr:.5f}"
-            lines.append(
-                f"KL on calibration windows held out: {self.held_out_kl:.5f}{error} nats per token"
-            )
-        if self.lossless_saved_bytes:
-            lines.append(f"{self.lossless_saved_bytes:,} bytes saved on tensors kept bit for bit")
-        if self.whole_model_in_memory:
-            lines.append("note: the original was held whole in memory")
-        if self.input_curvature_only:
-            lines.append(
-                f"note: gradients vanish in {len(self.input_curvature_only)} layers, which were "
-                "rounded under their inputs alone"
-            )
-        return "\n".join(lines)
+from convex_caldera.workflow.summary import Summary, summary_of
 
 
 def compress_to(
@@ -165,20 +89,28 @@ def compress_to(
         resumed = len(run.done())
         try:
             folder = hessians or run.folder / "statistics"
-            plan, certificate, notes = fit_all(
-                job, run, progress, workers or os.cpu_count() or 1, folder, measured
-            )
+            outcome = fit_all(job, run, progress, workers or os.cpu_count() or 1, folder, measured)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
                 f"interrupted with {len(run.done())} of {len(job.sites)} layers finished; "
                 "run the same command again to go on"
             ) from error
-        container = finish(job, plan, certificate, run, notes)
-    return _summary(job, plan, certificate, container, out, resumed, time.monotonic() - started)
+        container = finish(job, outcome.plan, outcome.certificate, run, outcome.notes)
+    return summary_of(job, outcome, container, out, resumed, time.monotonic() - started)
 
 
 def prepare(settings: Settings) -> Job:
     """Read shapes and text and check that the budget can be met; no weight is read yet."""
+    job = _read(settings)
+    if settings.remeasure and not job.can_remeasure:
+        raise RecipeError(
+            "--remeasure fits layers again under gradients of the compressed model; it needs "
+            "--curvature kronecker or guided, and --targets drift-corrected"
+        )
+    return job
+
+
+def _read(settings: Settings) -> Job:
     method = method_named(settings.method)
     path = resolve_model(settings.model)
     skeleton = Skeleton(path, computing_dtype(settings), usable_device(settings.device))
@@ -256,24 +188,31 @@ def fit_all(
     workers: int,
     statistics: Path,
     measured: Path | None = None,
-) -> tuple[Plan, dict[str, Any] | None, dict[str, Any]]:
-    """Fit and store every layer that is not yet in the run: plan, certificate, and notes on
+) -> Outcome:
+    """Fit and store every layer that is not yet in the run.
 
-    the curvature for the report. `statistics` is where the calibration is kept, `measured` where
-    options are that other budgets may use.
+    Args:
+        statistics: where the calibration is kept.
+        measured: where options are that other budgets may use.
     """
     curvatures = curvatures_of(job, statistics, progress)
     fitter = Fitter(job.skeleton, curvatures, job.settings.seed)
     compression = Compression(job, fitter, run, progress, workers, measured)
-    certificate = None
-    if job.method.menu is not None:
-        plan, certificate = allocate_menu(compression)
-    elif job.method.allocates:
-        plan, certificate = allocate_convex(compression)
-    else:
-        plan = _fit_uniformly(compression)
-    notes = {**curvatures.notes(), **_expected(job, certificate), **_together(compression)}
-    return plan, certificate, notes
+    outcome = _carried_out(compression)
+    notes = {
+        **curvatures.notes(),
+        **outcome.notes,
+        **_expected(job, outcome.certificate),
+        **_together(compression),
+    }
+    return replace(outcome, notes=notes)
+
+
+def _carried_out(compression: Compression) -> Outcome:
+    method = compression.job.method
+    if method.menu is not None:
+        return allocate_menu(compression)
+    return allocate_convex(compression) if method.allocates else _fit_uniformly(compression)
 
 
 def _expected(job: Job, certificate: dict[str, Any] | None) -> dict[str, float]:
@@ -293,12 +232,12 @@ def _together(compression: Compression) -> dict[str, Any]:
     return {} if found is None else {"held_out_kl": asdict(found)}
 
 
-def _fit_uniformly(compression: Compression) -> Plan:
+def _fit_uniformly(compression: Compression) -> Outcome:
     """The method's uniform plan, every layer fitted and stored."""
     job = compression.job
     drifts = job.targets == "drift-corrected"
     if job.spends:
-        return fit_spending(compression)
+        return Outcome(fit_spending(compression))
     plan = uniform_plan(job.sites, job.method, job.settings, job.budget)
     if drifts and job.method.share is not None:
         raise RecipeError(
@@ -311,76 +250,7 @@ def _fit_uniformly(compression: Compression) -> Plan:
     tasks = [Task(s.name, s, plan.recipes[s.name], primed.get(s.name)) for s in alone]
     run, progress, workers = compression.run, compression.progress, compression.workers
     fit_missing(compression.fitter, tasks, run, "layers", progress, workers)
-    if drifts:
-        fit_in_order(compression, plan.recipes)
-    return plan
-
-
-def _summary(
-    job: Job,
-    plan: Plan,
-    certificate: dict[str, Any] | None,
-    container: Container,
-    out: Path,
-    resumed: int,
-    seconds: float,
-) -> Summary:
-    sizes = container.sizes()
-    report = container.report()
-    records, together = report["layers"], report.get("held_out_kl", {})
-    return Summary(
-        output=str(out),
-        method=job.settings.method,
-        file_bytes=sizes.file_bytes,
-        original_bytes=job.source.checkpoint.stored_bytes,
-        bits_per_compressed_weight=sizes.bits_per_compressed_weight,
-        bits_per_weight=sizes.bits_per_weight,
-        lossless_saved_bytes=sizes.lossless_saved_bytes,
-        compressed_weights=sizes.compressed_weights,
-        budget_bytes=job.budget.compressed_bytes,
-        layers=len(job.sites),
-        resumed_layers=resumed,
-        whole_model_in_memory=job.skeleton.whole_model or job.curvature in GRADIENT_KINDS,
-        calibration_tokens=0 if job.tokens is None else job.tokens.numel(),
-        mean_relative_loss=sum(r["relative_loss"] for r in records.values()) / len(records),
-        allocation=None if certificate is None else _allocation_summary(certificate, records),
-        precision=precision_label(map(code_bits, plan.recipes.values()), job.settings.activations),
-        activations=job.settings.activations,
-        seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        input_curvature_only=tuple(container.report().get("input_curvature_only", ())),
-        expected_kl=report.get("expected_kl"),
-        held_out_kl=together.get("kl"),
-        held_out_kl_stderr=together.get("kl_stderr"),
-    )
-
-
-def _allocation_summary(certificate: dict[str, Any], records: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the plan that scripts rely on."""
-    plan, surrogate = certificate["plan"], certificate["surrogate"]
-    return {
-        "plan_gap": plan["plan_gap"],
-        "price": plan["price"],
-        "bound": plan["bound"],
-        "distortion": plan["distortion"],
-        "unit": certificate["unit"],
-        "surrogate_gap": surrogate["gap"] if surrogate else None,
-        "layers": {
-            name: {
-                "bits": records[name]["bits"],
-                "rank": entry["rank"],
-                "price": plan["price"],
-                "distortion": entry["loss"],
-            }
-            for name, entry in certificate["layers"].items()
-        },
-    }
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return Outcome(plan, notes=fit_rounds(compression, plan.recipes) if drifts else {})
 
 
 def computing_dtype(settings: Settings) -> torch.dtype:

@@ -24,6 +24,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from convex_caldera.calibrate.curvature import Curvature, sequence_fisher
+from convex_caldera.calibrate.curvature_average import averaged
 from convex_caldera.calibrate.curvature_guided import GuidedCurvature
 from convex_caldera.calibrate.curvature_shrinkage import Shrinkage, shrunk
 from convex_caldera.calibrate.saved import SavedStatistics
@@ -124,7 +125,9 @@ class GradientCurvatures:
     not the measured curvature: it is drawn towards something smoother (`shrinkage`), while
     losses are reported under what was measured. `fallbacks` are layers whose gradients vanish:
     they are rounded under the second moment of their input, their predicted loss is the zero
-    that was measured, and the report names them.
+    that was measured, and the report names them. `rounding` is what is drawn in place of the
+    measured curvatures (`rounding_under`). `model` is the original, `used` the windows (samples,
+    length) that curvatures are of.
     """
 
     def __init__(
@@ -136,11 +139,12 @@ class GradientCurvatures:
         shrinkage: Shrinkage,
         inputs: Mapping[str, Tensor],
         fallbacks: Sequence[str],
+        rounding: Mapping[str, LayerCurvature] | None = None,
     ):
         self._curvatures, self._inputs = curvatures, inputs
-        self._model, self._held_out = model, held_out
-        self._used, self._tokens = tokens, tokens.numel()
+        self.model, self.used, self._held_out = model, tokens, held_out
         self._shrinkage, self._fallbacks = shrinkage, tuple(fallbacks)
+        self._rounding = curvatures if rounding is None else rounding
         # Options of one layer are fitted one after the other: what they factor, they share.
         self._measured = lru_cache(maxsize=LAYERS_KEPT)(self._measured_sides)
         self._drawn = lru_cache(maxsize=LAYERS_KEPT)(self._drawn_sides)
@@ -166,15 +170,24 @@ class GradientCurvatures:
         if name in self._fallbacks:
             return (Hessian(self._inputs[name], name=f"{name} (input alone)"),)
         towards = self._inputs[name] if self._shrinkage.towards == "input" else None
-        return shrunk(self._curvatures[name], self._shrinkage, towards).hessians(name)
+        return shrunk(self._rounding[name], self._shrinkage, towards).hessians(name)
+
+    def rounding_under(self, others: Mapping[str, LayerCurvature]) -> GradientCurvatures:
+        """The same, but rounding sees the mean of the measured curvatures and these others."""
+        rounding = {name: averaged(c, others[name]) for name, c in self._curvatures.items()}
+        return GradientCurvatures(
+            self._curvatures, self.model, self.used, self._held_out, self._shrinkage,
+            self._inputs, self._fallbacks, rounding,
+        )  # fmt: skip
 
     @property
     def smooths(self) -> bool:
-        return bool(self._fallbacks) or max(self._shrinkage.input, self._shrinkage.output) > 0
+        shrinks = max(self._shrinkage.input, self._shrinkage.output) > 0
+        return bool(self._fallbacks) or shrinks or self._rounding is not self._curvatures
 
     def tokens(self, site: Site) -> int:
         del site
-        return self._tokens
+        return self.used.numel()
 
     def notes(self) -> dict[str, Any]:
         record: dict[str, Any] = {"shrinkage": self._shrinkage.to_dict()}
@@ -192,7 +205,7 @@ class GradientCurvatures:
         """
         windows = self._held_out[:SEARCHED]
         progress.start("held-out KL", len(windows))
-        return kl_of_windows(self._model, layers, windows, progress.advance)
+        return kl_of_windows(self.model, layers, windows, progress.advance)
 
     def held_out_loss(
         self, errors: Mapping[str, Sequence[Tensor]], seed: int, progress: Progress
@@ -200,7 +213,7 @@ class GradientCurvatures:
         """Nats per token of errors W^ - W by the sequence Fisher of the held-out sequences."""
         progress.start("held out", len(self._held_out))
         return sequence_fisher(
-            self._model, self._held_out, errors, seed=seed + 1, progress=steps_of(progress)
+            self.model, self._held_out, errors, seed=seed + 1, progress=steps_of(progress)
         )
 
     def measured_kl(self, parameter: str, values: Sequence[Tensor]) -> list[float]:
@@ -208,8 +221,8 @@ class GradientCurvatures:
 
         them on sequences held out, or on those used where there are none.
         """
-        tokens = self._held_out if self.has_held_out else self._used
-        return measured_kl(self._model, tokens, parameter, values)
+        tokens = self._held_out if self.has_held_out else self.used
+        return measured_kl(self.model, tokens, parameter, values)
 
 
 def steps_of(progress: Progress) -> Callable[[int, int], None]:

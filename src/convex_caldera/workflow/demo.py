@@ -16,9 +16,10 @@ from typing import Any
 
 from convex_caldera.errors import CheckError
 from convex_caldera.evaluate.table import plain_table
-from convex_caldera.workflow.compress import Summary, compress_to
+from convex_caldera.workflow.compress import compress_to
 from convex_caldera.workflow.progress import Progress
 from convex_caldera.workflow.settings import make_settings
+from convex_caldera.workflow.summary import Summary
 
 MODEL = "bundled"
 TEXT = "bundled:test"

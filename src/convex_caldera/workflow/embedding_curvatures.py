@@ -64,6 +64,10 @@ class WithEmbeddings:
     def notes(self) -> dict[str, Any]:
         return self.layers.notes()
 
+    def replaced(self, layers: Curvatures) -> WithEmbeddings:
+        """The same embeddings beside other layers."""
+        return WithEmbeddings(layers, self._moments, self._tokens)
+
 
 def with_embeddings(
     layers: Curvatures,
@@ -100,6 +104,11 @@ def with_embeddings(
     saved = load_statistics(place, provenance)[0]
     moments = {name: saved[name].hessian() for name in heads}
     return WithEmbeddings(layers, moments, saved[heads[0]].num_tokens)
+
+
+def with_layers(curvatures: Curvatures, layers: Curvatures) -> Curvatures:
+    """The same, but other curvatures of linear layers."""
+    return curvatures.replaced(layers) if isinstance(curvatures, WithEmbeddings) else layers
 
 
 def gradient_curvatures(curvatures: Curvatures) -> GradientCurvatures | None:

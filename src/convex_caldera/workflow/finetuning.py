@@ -45,9 +45,9 @@ from convex_caldera.storage.partial import PartialRun
 from convex_caldera.storage.read import Sizes, open_container
 from convex_caldera.storage.source import SourceModel
 from convex_caldera.storage.tuned import provenance_of
-from convex_caldera.workflow.compress import peak_memory_bytes
 from convex_caldera.workflow.models import usable_device
 from convex_caldera.workflow.progress import Progress, Silent
+from convex_caldera.workflow.summary import peak_memory_bytes
 from convex_caldera.workflow.tuned_output import write_tuned
 from convex_caldera.workflow.tuning_check import check_trainable
 from convex_caldera.workflow.tuning_settings import TuneSettings

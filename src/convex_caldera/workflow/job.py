@@ -72,6 +72,11 @@ class Job:
         return self.method.shrinkage if searchable else "none"
 
     @property
+    def can_remeasure(self) -> bool:
+        """Whether layers are fitted in order under gradients, which can be measured again."""
+        return self.curvature in GRADIENT_KINDS and self.targets == "drift-corrected"
+
+    @property
     def measures_options(self) -> bool:
         """Whether layers are fitted in several ways before one of them is chosen."""
         return self.method.allocates or self.method.menu is not None or self.spends

@@ -11,11 +11,10 @@ whole. The certificate is that of `allocating`, without a surrogate.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from convex_caldera.errors import RecipeError
 from convex_caldera.workflow.certifying import certificate_of
-from convex_caldera.workflow.compression import Compression
+from convex_caldera.workflow.compression import Compression, Outcome
 from convex_caldera.workflow.deciding import decide
 from convex_caldera.workflow.distortion_unit import unit_of
 from convex_caldera.workflow.job import Job
@@ -25,10 +24,10 @@ from convex_caldera.workflow.operating_points import (
     OperatingPoints,
     measured_on_disk,
 )
-from convex_caldera.workflow.planning import Plan, ties_of, wishes_of
+from convex_caldera.workflow.planning import ties_of, wishes_of
 
 
-def allocate_menu(compression: Compression) -> tuple[Plan, dict[str, Any]]:
+def allocate_menu(compression: Compression) -> Outcome:
     """The plan, stored layer by layer, and its certificate.
 
     Raises:
@@ -45,7 +44,7 @@ def allocate_menu(compression: Compression) -> tuple[Plan, dict[str, Any]]:
         ties = ties_of(job.settings.tie, job.sites)
         decision = decide(job, menus, points.curves(menus, ties))
         points.store(decision.integer.choice)
-        return decision.plan, certificate_of(points, decision)
+        return Outcome(decision.plan, certificate_of(points, decision))
 
 
 def menus_of(job: Job) -> Menus:

@@ -79,6 +79,7 @@ class Settings(BaseModel):
     curvature_fallback: Literal["none", "input"] = "none"
     shrinkage: str = "auto"
     targets: Literal["auto", "original", "drift-corrected"] = "auto"
+    remeasure: bool = False
     modules: str = "language"
     images: str | None = None
     diag_hessians: str | None = None
