@@ -41,6 +41,7 @@ from convex_caldera.workflow.evaluating import evaluate_models
 from convex_caldera.workflow.settings import make_settings
 
 MENU = {"bits_menu": "2,3,4"}
+REMEASURED = "convex-caldera, both, remeasured"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def variants() -> list[Variant]:
     drift = {"targets": "drift-corrected"}
     held_out = {"shrinkage": "held-out"}
     both = {**kronecker, **drift}
+    default = {**convex, **drift, **held_out}
     plain = {**qtip, "curvature": "input"}
     return [
         Variant("input", "input", plain),
@@ -88,7 +90,8 @@ def variants() -> list[Variant]:
         Variant("convex-caldera", "convex-caldera", convex),
         Variant("convex-caldera, drift-corrected", "convex-caldera", {**convex, **drift}),
         Variant("convex-caldera, held-out", "convex-caldera", {**convex, **held_out}),
-        Variant("convex-caldera, both", "convex-caldera", {**convex, **drift, **held_out}),
+        Variant("convex-caldera, both", "convex-caldera", default),
+        Variant(REMEASURED, "convex-caldera, both", {**default, "remeasure": True}),
         Variant("convex-caldera, e8p menu", "convex-caldera", {**convex, **MENU}, "e8p"),
         Variant("guided", "input", {**qtip, "curvature": "guided"}),
         Variant("input, sequential", "input", {**plain, **drift}, "sequential"),
