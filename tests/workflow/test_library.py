@@ -104,7 +104,7 @@ def test_every_option_of_the_command_is_a_setting() -> None:
     from convex_caldera.cli.groups import spelled_out
 
     options = set(inspect.signature(spelled_out(command)).parameters)
-    own = {"output_dir", "config", "workers", "json", "hessians"}
+    own = {"output_dir", "config", "workers", "json", "hessians", "measured"}
     assert options - own <= set(Settings.model_fields)
 
 

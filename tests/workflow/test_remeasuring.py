@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from convex_caldera.errors import ModelError
 from convex_caldera.storage.read import open_container
 from convex_caldera.workflow.substituted import exchanged
 from tests.workflow.killing import start
-from tests.workflow.running import NSAMPLES, SEQLEN, compress, run, snapshot
+from tests.workflow.running import NSAMPLES, SEQLEN, compress, json_path, run, snapshot
 
 QTIP = ("--method", "qtip", "--bits", 2.6, "--curvature", "kronecker")
 AGAIN = (*QTIP, "--targets", "drift-corrected", "--remeasure")
@@ -40,6 +41,8 @@ def test_the_round_that_costs_less_held_out_is_what_is_stored(remeasured: Path) 
     assert rounds[kept]["kl"] == min(rounds["first"]["kl"], rounds["second"]["kl"])
     assert rounds["first"]["kl"] != rounds["second"]["kl"]
     assert report["held_out_kl"]["kl"] == pytest.approx(rounds[kept]["kl"], rel=1e-5)
+    summary = json.loads(json_path(remeasured).read_text())
+    assert summary["remeasured"] == rounds
     assert run("verify", remeasured).code == 0
 
 

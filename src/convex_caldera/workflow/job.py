@@ -112,7 +112,7 @@ class Job:
 
     def options_fingerprint(self) -> dict[str, str]:
         """What the fit of an option depends on: all but the budget that it is offered under."""
-        return self._fingerprint_without(PATHS | BUDGETS)
+        return self._fingerprint_without(PATHS.union(BUDGETS))
 
     def _fingerprint_without(self, left_out: frozenset[str]) -> dict[str, str]:
         settings = self.settings.model_dump(exclude=set(left_out))

@@ -35,7 +35,7 @@ _UNITS = {
 # Told apart by what they hold, not by where they lie.
 PATHS = frozenset({"model", "dataset", "images", "diag_hessians"})
 # Of which one may be given.
-BUDGETS = frozenset({"bits", "size", "ratio"})
+BUDGETS = ("bits", "size", "ratio")
 
 
 class Settings(BaseModel):
@@ -89,7 +89,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Settings:
-        given = [name for name in sorted(BUDGETS) if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; give one budget")
         if self.size is not None:

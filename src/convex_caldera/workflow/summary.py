@@ -42,6 +42,7 @@ class Summary:
     expected_kl: float | None = None
     held_out_kl: float | None = None
     held_out_kl_stderr: float | None = None
+    remeasured: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
@@ -61,19 +62,34 @@ class Summary:
             f"{self.seconds:.1f} s, "
             f"peak memory {self.peak_memory_bytes / 1e6:.0f} MB -> {self.output}",
         ]
+        return "\n".join([*lines, *self._losses(), *self._notes()])
+
+    def _losses(self) -> list[str]:
+        """What the plan said, and what the windows held out say."""
+        lines = []
         if self.allocation is not None:
             plan, gap = self.allocation, 100 * (self.allocation["plan_gap"] or 0.0)
             lines.append(
                 f"plan: predicted {plan['distortion']:.5f} {plan['unit']}, at most {gap:.3f} % "
                 "above the best plan of the options measured"
             )
-        if self.expected_kl is not None:
-            lines.append(f"KL expected of all layers together: {self.expected_kl:.5f} nats")
+            if self.expected_kl is not None and self.expected_kl != plan["distortion"]:
+                lines.append(f"KL expected of all layers together: {self.expected_kl:.5f} nats")
+        if self.remeasured is not None:
+            first, second = (self.remeasured[name]["kl"] for name in ("first", "second"))
+            lines.append(
+                f"curvature measured again: {first:.5f} nats held out before, {second:.5f} after; "
+                f"the {self.remeasured['kept']} round was kept"
+            )
         if self.held_out_kl is not None:
             error = "" if self.held_out_kl_stderr is None else f" ± {self.held_out_kl_stderr:.5f}"
             lines.append(
                 f"KL on calibration windows held out: {self.held_out_kl:.5f}{error} nats per token"
             )
+        return lines
+
+    def _notes(self) -> list[str]:
+        lines = []
         if self.lossless_saved_bytes:
             lines.append(f"{self.lossless_saved_bytes:,} bytes saved on tensors kept bit for bit")
         if self.whole_model_in_memory:
@@ -83,7 +99,7 @@ class Summary:
                 f"note: gradients vanish in {len(self.input_curvature_only)} layers, which were "
                 "rounded under their inputs alone"
             )
-        return "\n".join(lines)
+        return lines
 
 
 def summary_of(
@@ -122,6 +138,7 @@ def summary_of(
         expected_kl=report.get("expected_kl"),
         held_out_kl=together.get("kl"),
         held_out_kl_stderr=together.get("kl_stderr"),
+        remeasured=report.get("remeasured"),
     )
 
 
