@@ -42,6 +42,7 @@ from convex_caldera.workflow.settings import make_settings
 
 MENU = {"bits_menu": "2,3,4"}
 REMEASURED = "convex-caldera, both, remeasured"
+TWO_DRAWS = "convex-caldera, both, two draws"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def variants() -> list[Variant]:
         Variant("convex-caldera, held-out", "convex-caldera", {**convex, **held_out}),
         Variant("convex-caldera, both", "convex-caldera", default),
         Variant(REMEASURED, "convex-caldera, both", {**default, "remeasure": True}),
+        Variant(TWO_DRAWS, "convex-caldera, both", {**default, "draws": 2}),
         Variant("convex-caldera, e8p menu", "convex-caldera", {**convex, **MENU}, "e8p"),
         Variant("guided", "input", {**qtip, "curvature": "guided"}),
         Variant("input, sequential", "input", {**plain, **drift}, "sequential"),
@@ -133,7 +135,7 @@ def run_cell(model: str, bits: float, seed: int, variant: Variant, args, folder:
         model=located(model, args.data), bits=bits, dataset=calibration, seed=seed,
         nsamples=args.nsamples, seqlen=args.seqlen, allow_short=True, **variant.settings,
     )  # fmt: skip
-    kept = folder / f"{Path(model).name}-{seed}-{settings.curvature}"
+    kept = folder / f"{Path(model).name}-{seed}-{settings.curvature}-{settings.draws}"
     started = time.monotonic()
     try:
         with exchange(variant.exchanged):

@@ -55,6 +55,7 @@ def sequence_curvature(
     layers: Collection[str],
     *,
     seed: int,
+    draws: int = 1,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Curvature]:
@@ -65,19 +66,22 @@ def sequence_curvature(
         tokens: (sequences, T) token ids.
         layers: full names of nn.Linear modules.
         seed: of the labels drawn.
+        draws: of labels for each sequence, every one a sample of its own (`sequences` counts
+            them): two halve what the choice of labels adds to the sampling error.
         progress: called with (sequences done, in all).
 
     Raises:
         NumericalError: a gradient is NaN or infinite; names the layer.
 
-    Cost: one forward and backward pass, and m n (T + m + n) multiply-adds a layer and sequence,
-    all with factors rounded to bfloat16 and sums in float32 where the processor offers it (far
-    below the sampling error); memory m^2 + n^2 float32 a layer beside the model.
+    Cost: one forward pass a sequence, one backward pass a draw, and m n (T + m + n) multiply-adds
+    a layer and draw, all with factors rounded to bfloat16 and sums in float32 where the processor
+    offers it (far below the sampling error); memory m^2 + n^2 float32 a layer beside the model.
     """
     sums = {name: _Sums(model.get_submodule(name).weight.shape) for name in layers}
-    for name, G in sequence_gradients(model, tokens, layers, seed, batch_size, progress):
+    for name, G in sequence_gradients(model, tokens, layers, seed, batch_size, progress, draws):
         sums[name].add(G)
-    return {name: layer.finish(*tokens.shape) for name, layer in sums.items()}
+    count, length = tokens.shape
+    return {name: layer.finish(draws * count, length) for name, layer in sums.items()}
 
 
 def sequence_fisher(
@@ -110,9 +114,10 @@ def sequence_gradients(
     seed: int,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
+    draws: int = 1,
 ) -> Iterator[tuple[str, Tensor]]:
     """(layer, G_s) for every sequence and layer; labels are drawn from the model itself."""
-    for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress):
+    for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress, draws):
         G = dy.T @ x
         if not all_finite(G):
             raise NumericalError(f"{name}: a gradient is NaN or infinite; check weights")
@@ -126,8 +131,9 @@ def token_gradients(
     seed: int,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
+    draws: int = 1,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(layer, x (T, n), dy (T, m)) for every sequence and layer: G_s = dy^T x.
+    """(layer, x (T, n), dy (T, m)) for every sequence, draw of labels and layer: G_s = dy^T x.
 
     x is what the layer read and dy the gradient of the sequence's summed negative
     log-likelihood with respect to what it wrote, labels drawn from the model itself.
@@ -139,23 +145,29 @@ def token_gradients(
         for batch in tokens.split(batch_size):
             for tap in taps.values():
                 tap.samples = range(done, done + len(batch))
-            _backward(model, batch, draw)
-            for name, tap in taps.items():
-                for x, dy in tap.sequences(len(batch)):
-                    yield name, x, dy
+            for _ in _backward(model, batch, draw, draws):
+                for name, tap in taps.items():
+                    for x, dy in tap.sequences(len(batch)):
+                        yield name, x, dy
             done += len(batch)
             if progress is not None:
                 progress(done, len(tokens))
 
 
-def _backward(model: nn.Module, batch: Tensor, draw: torch.Generator) -> None:
-    """Gradient of the summed negative log-likelihood of labels drawn from the model itself."""
+def _backward(model: nn.Module, batch: Tensor, draw: torch.Generator, draws: int) -> Iterator[None]:
+    """Gradients of the summed negative log-likelihood of labels drawn from the model itself.
+
+    Goes on after every backward pass, of which there is one a draw.
+    """
     embeddings = model.get_input_embeddings()(batch).detach().requires_grad_()  # type: ignore[operator]
     logits = model(inputs_embeds=embeddings, use_cache=False).logits.float()
     if not all_finite(logits):
         raise NumericalError("the model's logits are NaN or infinite on the calibration text")
-    labels = _drawn(logits.detach().flatten(0, 1), draw)
-    nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").backward()
+    for left in reversed(range(draws)):
+        labels = _drawn(logits.detach().flatten(0, 1), draw)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+        loss.backward(retain_graph=left > 0)
+        yield
 
 
 def _drawn(logits: Tensor, draw: torch.Generator) -> Tensor:
@@ -194,7 +206,7 @@ class _Tap:
             raise NumericalError(f"{self.name} received no gradient; it does not reach the output")
         folded = (t.reshape(count, -1, t.shape[-1]) for t in (self.x, self.dy))
         yield from zip(*folded, strict=True)
-        self.x = self.dy = None
+        self.dy = None
 
 
 class _Sums:

@@ -58,6 +58,7 @@ def guided_curvature(
     *,
     seed: int,
     groups: int | None = None,
+    draws: int = 1,
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, GuidedCurvature]:
@@ -70,22 +71,24 @@ def guided_curvature(
         seed: of the labels drawn.
         groups: of output channels in each layer; fewer where a layer has too few rows. Without
             it `recipes.guided.group_count` decides by the layer's width.
+        draws: of labels for each sequence, as in `sequence_curvature`.
         progress: called with (sequences done, in all).
 
     Raises:
         NumericalError: a gradient is NaN or infinite; names the layer.
         RecipeError: fewer than one group.
 
-    Cost: one forward and backward pass and T n^2 multiply-adds a group, layer and sequence;
+    Cost: one forward pass, and a backward pass and T n^2 multiply-adds a group, layer and draw;
     memory n^2 float32 a group and layer beside the model.
     """
     if groups is not None and groups < 1:
         raise RecipeError(f"guided curvature needs at least one group of rows, got {groups}")
     shapes = {name: model.get_submodule(name).weight.shape for name in layers}
     sums = {name: _Sums(s, groups or group_count((s[0], s[1]))) for name, s in shapes.items()}
-    for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress):
+    for name, x, dy in token_gradients(model, tokens, layers, seed, batch_size, progress, draws):
         sums[name].add(x, dy, name)
-    return {name: layer.finish(*tokens.shape) for name, layer in sums.items()}
+    count, length = tokens.shape
+    return {name: layer.finish(draws * count, length) for name, layer in sums.items()}
 
 
 class _Sums:

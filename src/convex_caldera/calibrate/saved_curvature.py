@@ -45,6 +45,7 @@ class CurvatureProvenance:
             file that it comes from.
         dtype: of the computation, as "float32".
         seed: of the labels drawn.
+        draws: of labels for each window.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class CurvatureProvenance:
     tokens: str
     dtype: str
     seed: int
+    draws: int = 1
 
 
 def save_curvature(
@@ -137,7 +139,8 @@ def _index(directory: Path, provenance: CurvatureProvenance) -> dict[str, Any]:
         raise FormatError(f"{where} is not curvature schema {SCHEMA}")
     if not all(isinstance(content[key], dict) for key in keys - {"schema"}):
         raise FormatError(f"{where} is damaged; calibrate again")
-    written, expected = content["provenance"], asdict(provenance)
+    # Those written before there were several had one draw.
+    written, expected = {"draws": 1, **content["provenance"]}, asdict(provenance)
     if set(written) != set(expected):
         raise FormatError(f"{where} has no complete provenance")
     for key, value in expected.items():

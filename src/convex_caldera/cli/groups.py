@@ -85,6 +85,7 @@ class CalibrationOptions:
     nsamples: opt.NSamples = None
     seqlen: opt.SeqLen = None
     seed: opt.Seed = None
+    draws: opt.Draws = None
     device: opt.Device = None
     dtype: opt.DType = None
 

@@ -161,6 +161,12 @@ Targets = Annotated[
         "block after block.",
     ),
 ]
+Draws = Annotated[
+    int | None,
+    typer.Option(
+        "--draws", min=1, help="Of labels for each window that curvature is measured on; default 1."
+    ),
+]
 Remeasure = Annotated[
     bool | None,
     typer.Option(

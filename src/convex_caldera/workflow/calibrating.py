@@ -13,6 +13,7 @@ from convex_caldera.models.skeleton import Skeleton
 from convex_caldera.workflow.choosing import sites_for
 from convex_caldera.workflow.collecting import gather
 from convex_caldera.workflow.compress import calibration_tokens, computing_dtype
+from convex_caldera.workflow.curvatures import GradientOptions
 from convex_caldera.workflow.embedding_curvatures import with_embeddings
 from convex_caldera.workflow.gathering import images_for
 from convex_caldera.workflow.models import usable_device
@@ -46,7 +47,10 @@ def calibrate_to(
     tokens = calibration_tokens(settings, skeleton)
     sites = chosen_sites(sites_for(skeleton, settings), settings.ignore)
     images = images_for(settings, kind, skeleton, sites)
-    curvatures = gather(kind, skeleton, sites, tokens, out, settings.seed, progress, images=images)
+    options = GradientOptions(draws=settings.draws)
+    curvatures = gather(
+        kind, skeleton, sites, tokens, out, settings.seed, progress, options, images
+    )
     with_embeddings(curvatures, skeleton, sites, tokens, out, progress)
     return {
         "output": str(out),

@@ -115,11 +115,12 @@ def _from_gradients(
 
     def make() -> dict[str, dict[str, Tensor]]:
         progress.start("curvature", count)
-        return _parts_by_layer(kind, model, used, names, seed, progress)
+        return _parts_by_layer(kind, model, used, names, seed, progress, options.draws)
 
-    parts = kept_curvature(folder, provenance_of(kind, skeleton, used, seed), sites, make)
-    rows = {site.name: site.shape[0] for site in sites}
-    curvatures = {name: _from_parts(p, rows[name], count) for name, p in parts.items()}
+    provenance = provenance_of(kind, skeleton, used, seed, options.draws)
+    parts = kept_curvature(folder, provenance, sites, make)
+    rows, samples = {site.name: site.shape[0] for site in sites}, count * options.draws
+    curvatures = {name: _from_parts(p, rows[name], samples) for name, p in parts.items()}
     fallbacks = _vanishing(curvatures, options)
     inputs: dict[str, Tensor] = {}
     if fallbacks or options.shrinkage is None:
@@ -159,16 +160,16 @@ def curvature_in_context(
         NumericalError: as `calibrate`.
     """
     used, model = curvatures.used, curvatures.model
-    names, seed = [site.name for site in sites], provenance.seed
+    names, seed, draws = [site.name for site in sites], provenance.seed, provenance.draws
 
     def make() -> dict[str, dict[str, Tensor]]:
         progress.start("curvature again", len(used))
         with exchanged(model, layers):
-            return _parts_by_layer(kind, model, used, names, seed, progress)
+            return _parts_by_layer(kind, model, used, names, seed, progress, draws)
 
     parts = kept_curvature(folder, provenance, sites, make)
     rows = {site.name: site.shape[0] for site in sites}
-    return {name: _from_parts(p, rows[name], len(used)) for name, p in parts.items()}
+    return {name: _from_parts(p, rows[name], draws * len(used)) for name, p in parts.items()}
 
 
 def _parts_by_layer(
@@ -178,13 +179,14 @@ def _parts_by_layer(
     names: Sequence[str],
     seed: int,
     progress: Progress,
+    draws: int = 1,
 ) -> dict[str, dict[str, Tensor]]:
     """The matrices of every layer by the name under which they are kept."""
     steps = steps_of(progress)
     if kind == "guided":
-        guided = guided_curvature(model, tokens, names, seed=seed, progress=steps)
+        guided = guided_curvature(model, tokens, names, seed=seed, draws=draws, progress=steps)
         return {n: {f"group{k}": H for k, H in enumerate(c.groups)} for n, c in guided.items()}
-    found = sequence_curvature(model, tokens, names, seed=seed, progress=steps)
+    found = sequence_curvature(model, tokens, names, seed=seed, draws=draws, progress=steps)
     return {name: {"input": c.input, "output": c.output} for name, c in found.items()}
 
 
@@ -210,12 +212,12 @@ def _vanishing(
 
 
 def provenance_of(
-    kind: CurvatureKind, skeleton: Skeleton, tokens: Tensor, seed: int
+    kind: CurvatureKind, skeleton: Skeleton, tokens: Tensor, seed: int, draws: int = 1
 ) -> CurvatureProvenance:
     """What a curvature collected on these tokens depends on."""
     dtype = str(skeleton.dtype).split(".")[-1]
     return CurvatureProvenance(
-        kind, skeleton.checkpoint.fingerprint, fingerprint(tokens), dtype, seed
+        kind, skeleton.checkpoint.fingerprint, fingerprint(tokens), dtype, seed, draws
     )
 
 

@@ -51,12 +51,14 @@ class GradientOptions:
 
     Attributes:
         shrinkage: fixed, or None to search it on held-out sequences.
+        draws: of labels for each window that curvature is measured on.
         fall_back: round layers whose gradients vanish under their input's second moment, and
             say so; otherwise they are an error.
     """
 
     shrinkage: Shrinkage | None = field(default_factory=Shrinkage)
     fall_back: bool = False
+    draws: int = 1
 
 
 class Curvatures(Protocol):

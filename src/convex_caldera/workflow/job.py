@@ -104,7 +104,9 @@ class Job:
         """How curvature from gradients is treated."""
         shares = parse_shrinkage(self.shrinkage)
         shrinkage = None if shares is None else Shrinkage(*shares)
-        return GradientOptions(shrinkage, self.settings.curvature_fallback == "input")
+        return GradientOptions(
+            shrinkage, self.settings.curvature_fallback == "input", self.settings.draws
+        )
 
     def fingerprint(self) -> dict[str, str]:
         """What the result depends on; a partial run with another one is refused."""

@@ -112,7 +112,8 @@ def _in_context(compression: Compression, curvatures: GradientCurvatures, run: P
     job, fitter = compression.job, compression.fitter
     layers = _decoded(compression, run)
     seed = job.settings.seed + LABELS
-    original = provenance_of(job.curvature, job.skeleton, curvatures.used, seed)
+    draws = job.settings.draws
+    original = provenance_of(job.curvature, job.skeleton, curvatures.used, seed, draws)
     files = "".join(hash_file(run.artefact(name)) for name in sorted(layers))
     changed = f"{original.model}+{hashlib.sha256(files.encode()).hexdigest()}"
     found = curvature_in_context(

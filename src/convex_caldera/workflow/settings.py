@@ -70,6 +70,7 @@ class Settings(BaseModel):
     nsamples: Annotated[int, Field(ge=1)] = 128
     seqlen: Annotated[int, Field(ge=8)] = 512
     seed: int = 42
+    draws: Annotated[int, Field(ge=1)] = 1
     device: str = "cpu"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     ignore: tuple[str, ...] = ()
