@@ -14,7 +14,7 @@ positions that no prediction has seen; rows of several --window stand side by si
 those of benchmarks/quality.py under --work, made there if they are missing. Writes JSON, a table,
 and docs/images/prediction.png.
 
-c4_sample_a_first.txt and c4_sample_a_rest.txt of the table are c4_sample_a.txt cut at the first end
+A text ending in _first.txt or _rest.txt in the table is the text of that name cut at the first end
 of a line after three fifths of its characters, so that no calibration has seen the rest.
 """
 
@@ -47,7 +47,7 @@ from convex_caldera.workflow.single_layers import kl_of_single_layers
 METHOD = "convex-caldera"
 # Okabe-Ito colours and markers, legible without colour.
 LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"),
-         ("#56B4E9", "P"), ("#000000", "X"))  # fmt: skip
+         ("#56B4E9", "P"), ("#000000", "X"), ("#F0E442", "*"))  # fmt: skip
 
 
 def run_cell_of(name: str, bits: float, args, folder: Path) -> dict:
